@@ -1,0 +1,58 @@
+"""Fine-tune Hugging Face models with few parameters, and compress them.
+
+``model = lowrank_ft.wrap(model, "lora", rank=16)`` and the verbs beside it are all there is to know; they
+are imported when first used, so that ``import lowrank_ft`` costs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from lowrank_ft._version import __version__
+
+if TYPE_CHECKING:
+    from lowrank_ft.checkpoint import export, load, save
+    from lowrank_ft.engine import delete_adapter, disable, merge, set_adapter, unload, unmerge, wrap
+    from lowrank_ft.methods.lora import LoRA
+
+_WHERE = {
+    "wrap": "engine",
+    "set_adapter": "engine",
+    "disable": "engine",
+    "delete_adapter": "engine",
+    "merge": "engine",
+    "unmerge": "engine",
+    "unload": "engine",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "export": "checkpoint",
+    "LoRA": "methods.lora",
+}
+
+__all__ = [  # noqa: RUF022
+    "wrap", "set_adapter", "disable", "delete_adapter", "merge", "unmerge", "unload",
+    "save", "load", "export",
+    "LoRA",
+    "__version__",
+]  # fmt: skip
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register_with_transformers(_: ModuleType) -> None:
+    """Let ``from_pretrained`` load our checkpoints, whichever of the two packages is imported first."""
+    importlib.import_module("lowrank_ft.checkpoint.transformers_hook")
+
+
+def __getattr__(name: str) -> Any:
+    where = _WHERE.get(name)
+    if where is None:
+        raise AttributeError(f"module 'lowrank_ft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lowrank_ft.{where}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,105 @@
+"""Saving, loading and exporting: the verbs, and where each directory goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lowrank_ft import engine
+from lowrank_ft.checkpoint import native, peft
+from lowrank_ft.errors import ConfigError, StateError, did_you_mean
+from lowrank_ft.manifest import replacements
+from lowrank_ft.modules.host import Host
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def save(
+    model: nn.Module,
+    dir: str | Path,
+    *,
+    name: str | None = None,
+    tokenizer: Any = None,
+    figures: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model's adapters, or the whole model, to a directory: all of it or nothing.
+
+    Adapters on an untouched base give an adapter directory (one safetensors file, ``lowrank_ft.json``, a
+    model card). Anything else (a merged model, say) gives a whole-model directory, which for transformers
+    models ``from_pretrained`` loads.
+
+    Args:
+        model: the model.
+        dir: replaced if it holds a checkpoint of ours; refused if it holds anything else.
+        name: save this adapter alone.
+        tokenizer: saved alongside.
+        figures: measured values for the model card.
+
+    Raises:
+        CheckpointError: the directory cannot be written; nothing was changed then.
+        StateError: no adapter of that name, or one with NaN in it.
+    """
+    found = replacements(model)
+    only_adapters = found and all(
+        isinstance(h, Host) and h.base_node().kind == "dense" for h in found.values()
+    )
+    known = engine.adapter_names(model)
+    if name is not None and name not in known:
+        raise StateError(f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}.")
+    if only_adapters:
+        native.save_adapters(model, Path(dir), known if name is None else (name,), tokenizer, figures)
+    else:
+        native.save_model(model, Path(dir), tokenizer, figures)
+
+
+def load(model: ModelT, dir: str | Path, name: str | None = None, *, check_base: bool = True) -> ModelT:
+    """Put adapters (ours, or PEFT's LoRA) or a whole model from a directory onto a fresh base.
+
+    Everything is checked before the model is touched: checksums, names, shapes, and that the base is the
+    one the adapter was made for. A loaded adapter is active and trainable, as after :func:`wrap`.
+
+    Args:
+        model: the base model, with its weights; it may carry other adapters.
+        dir: what :func:`save` wrote, or a PEFT LoRA directory.
+        name: the name to give a single adapter; of several, the one to load.
+        check_base: refuse a base with other weights. Turn it off to put an adapter on a relative.
+
+    Raises:
+        CheckpointError: the directory is damaged, unsafe, or for another base.
+        StateError: the name is taken.
+    """
+    directory = Path(dir)
+    if peft.is_adapter(directory):
+        peft.load(model, directory, name or "default")
+    else:
+        native.load(model, directory, name, check_base)
+    return model
+
+
+FORMATS = {"peft": peft.export, "dense": native.export_dense}
+
+
+def export(model: nn.Module, dir: str | Path, format: str = "peft", *, tokenizer: Any = None) -> None:
+    """Write a model in a form that tools without this package read. The model is left as it was.
+
+    ``"peft"``: the active adapter as a PEFT LoRA on the unmodified base. ``"dense"``: the whole model with
+    its adapters folded in, as plain Hugging Face weights.
+
+    Args:
+        model: a wrapped model.
+        dir: an empty or new directory, or an earlier export.
+        format: ``"peft"`` or ``"dense"``.
+        tokenizer: saved alongside.
+
+    Raises:
+        ConfigError: an unknown format.
+        StateError: the model has nothing that this format could hold; the message says what.
+    """
+    if format not in FORMATS:
+        raise ConfigError(
+            f"There is no export format {format!r}.{did_you_mean(format, FORMATS)} Known: {list(FORMATS)}."
+        )
+    FORMATS[format](model, Path(dir), tokenizer)

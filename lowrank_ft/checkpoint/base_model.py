@@ -1,0 +1,75 @@
+"""Which base model an adapter belongs to: its name, its shapes, and a digest of its values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft import engine
+from lowrank_ft.errors import CheckpointError
+
+_SAMPLE = 1 << 16  # elements of each tensor that enter the digest one by one
+
+
+def identify(model: nn.Module) -> dict[str, Any]:
+    """Return what identifies the base of a (wrapped or plain) model, as JSON data."""
+    tensors = engine.stock_tensors(model)
+    config = getattr(model, "config", None)
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
+    return {
+        "class": type(model).__name__,
+        "name_or_path": str(getattr(config, "_name_or_path", "") or ""),
+        "revision": getattr(config, "_commit_hash", None),
+        "parameters": sum(p.numel() for p in {id(t): t for t in tensors.values()}.values()),
+        "dtype": "+".join(sorted(dtypes)),
+        "structure": structure(tensors),
+        "digest": digest(tensors),
+    }
+
+
+def check(model: nn.Module, expected: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless the model's base is the one that was recorded."""
+    found = identify(model)
+    made_for = f"{expected.get('class')} {expected.get('name_or_path') or ''}".strip()
+    if found["structure"] != expected.get("structure"):
+        raise CheckpointError(
+            f"The adapter was made for another model: {made_for}, {expected.get('parameters')} parameters. "
+            f"This is a {found['class']} with {found['parameters']} parameters, or other names or shapes."
+        )
+    if found["digest"] != expected.get("digest"):
+        hint = ""
+        if found["dtype"] != expected.get("dtype"):
+            hint = f" It was {expected.get('dtype')} and is {found['dtype']} now, which may be the reason."
+        raise CheckpointError(
+            f"The adapter was made for other weights of {made_for}: the digest of the base differs.{hint} "
+            f"Load the base it was trained on, or pass check_base=False to put it on this one."
+        )
+
+
+def structure(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over the names and shapes of the base's tensors."""
+    listing = "\n".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(tensors))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over the values of the base's floating-point tensors, rounded to bfloat16.
+
+    For each tensor: the sum of the bit patterns of all elements (so that every element counts) and up to
+    65,536 evenly spaced ones (so that their places count). Rounding makes a base loaded in float32 and in
+    bfloat16 the same base. A checksum against mistakes, not against an adversary.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if tensor.is_floating_point():
+            bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16).flatten()
+            step = max(1, -(-bits.numel() // _SAMPLE))
+            sample = bits[::step].cpu().contiguous().numpy().tobytes()
+            total.update(f"{name} {bits.sum(dtype=torch.int64).item()} ".encode())
+            total.update(sample)
+    return total.hexdigest()

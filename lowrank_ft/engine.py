@@ -1,0 +1,649 @@
+"""The only code that changes a model: put structures in, fold them, take them out.
+
+A method says what is to stand where (``structure``) and with what values; everything is built and filled
+before the first module is replaced, so an error leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft import config as configs
+from lowrank_ft import registry, sites
+from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetError, did_you_mean
+from lowrank_ft.manifest import Node, describe, replacements, to_json
+from lowrank_ft.methods.base import AdapterConfig, Family, Method, MethodConfig
+from lowrank_ft.modules.adapted import Adapted
+from lowrank_ft.modules.copied import Copied, CopyNode
+from lowrank_ft.modules.host import Host
+from lowrank_ft.modules.layer import find_layer
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+QUANT_METHOD = "lowrank_ft"  # under which transformers finds the manifest in a config
+SCHEMA = 1
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass
+class State:
+    """What the engine must remember about a wrapped model; all else is read off the model.
+
+    Attributes:
+        trainable: stock names of the parameters that required a gradient before the first wrap.
+        recipes: for each adapter, the method and the options that made it, as JSON data.
+        merged: what :func:`merge` took out, for :func:`unmerge`; None when nothing is merged.
+        untied: whether :func:`merge` broke the tie of the embeddings.
+    """
+
+    trainable: frozenset[str]
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    merged: dict[str, Host] | None = None
+    untied: bool = False
+
+
+# The verbs ------------------------------------------------------------------------------------------------
+
+
+def wrap(
+    model: ModelT,
+    method: str | MethodConfig | Sequence[MethodConfig],
+    *,
+    name: str = "default",
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    layers: int | Sequence[int] | None = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    loss: Any = None,
+    **options: Any,
+) -> ModelT:
+    """Put a method (or several, in order) on a model, in place, and return the model.
+
+    With an adapter, the model's own parameters are frozen, the adapter becomes the only active one, and the
+    model computes what it computed before.
+
+    Args:
+        model: any ``nn.Module``.
+        method: a method's name, with its options as keywords; a config object; or a list of config objects.
+        name: the adapter's name. Several adapters can live on one model under different names.
+        targets: which layers (see :func:`lowrank_ft.sites.select`).
+        exclude: which of them not.
+        layers: block indices to keep.
+        data: calibration data, for methods that look at any.
+        tokenizer: turns texts in ``data`` into tokens.
+        loss: what to differentiate, for methods that need gradients.
+        **options: the fields of the method's config.
+
+    Raises:
+        RegistryError: no such method.
+        ConfigError: an option that is unknown, ill-typed or out of range; data for a method that takes none.
+        TargetError: targets that match nothing, or layers that cannot be adapted.
+        StateError: the name is taken; the model is compiled, quantised, merged or on ``meta``.
+    """
+    stages = _stages(method, options)
+    if data is not None or tokenizer is not None or loss is not None:
+        names = " and ".join(repr(stage.name) for stage in stages)
+        raise ConfigError(
+            f"The method {names} takes no calibration data: leave out data, tokenizer and loss."
+        )
+    check_can_wrap(model, name)
+    for stage in stages:
+        _apply(model, stage, name, targets, exclude, layers)
+    return model
+
+
+def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
+    """Make these adapters the active ones: they add up and train; the others are frozen and unused.
+
+    Raises:
+        StateError: no adapter of that name, or a combination that cannot run together.
+    """
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    found = hosts(model)
+    known = adapter_names(model)
+    for name in wanted:
+        if name not in known:
+            raise StateError(
+                f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}."
+            )
+    for host in found.values():
+        host.check_active(wanted)
+    for host in found.values():
+        host.activate(wanted)
+    _write_config(model)
+    return model
+
+
+@contextmanager
+def disable(model: nn.Module) -> Iterator[None]:
+    """Run the block with no adapter active: the base model, to the bit."""
+    found = hosts(model)
+    if not found:
+        raise StateError("There is no adapter on this model to disable.")
+    before = [(host, host.active) for host in found.values()]
+    for host, _ in before:
+        host.active = ()
+    try:
+        yield
+    finally:
+        for host, active in before:
+            host.active = active
+
+
+def delete_adapter(model: ModelT, name: str) -> ModelT:
+    """Remove one adapter; layers left without any become stock again.
+
+    Raises:
+        StateError: no adapter of that name.
+    """
+    known = adapter_names(model)
+    if name not in known:
+        raise StateError(f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}.")
+    owners = _owners(model)
+    for host in hosts(model).values():
+        if name in host.parts:
+            host.detach(name)
+            if not host.parts:
+                _replace(owners, host, host.base)
+    state_of(model).recipes.pop(name, None)
+    if not hosts(model):
+        _forget(model)
+    _write_config(model)
+    return model
+
+
+def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> ModelT:
+    """Fold the active adapters into stock layers. What a compressor left stays.
+
+    Weight and update are summed in at least float32 and rounded once, to the layer's dtype. The result has
+    no trace of this package: it saves, compiles and serves as the stock model.
+
+    Args:
+        model: a wrapped model.
+        reversible: keep what was there, so that :func:`unmerge` gives it back to the bit; costs the memory
+            of the adapted weights once more. Without it the adapters are gone.
+        untie: break the tie where an adapted weight is shared (tied embeddings), and say so in the model's
+            config; refused otherwise, because the merged weight would change the other user too.
+
+    Raises:
+        StateError: nothing to merge; a tied weight; adapters that would be lost.
+    """
+    state = state_of(model)
+    if state.merged is not None:
+        if reversible:
+            raise StateError("The model is merged already. unmerge() it first, or merge(reversible=False).")
+        state.merged = None
+        return model
+    found = hosts(model)
+    idle = [name for name in adapter_names(model) if not any(name in h.active for h in found.values())]
+    if idle and not reversible:
+        raise StateError(
+            f"merge(reversible=False) would lose the inactive adapters {idle}: delete_adapter() them."
+        )
+    _check_ties(model, found, untie)
+
+    owners = _owners(model)
+    for host in found.values():
+        _replace(owners, host, host.merged())
+    if untie:
+        state.untied = _set_tied(model, False)
+    _restore_trainable(model, state.trainable)
+    if reversible:
+        state.merged = found
+    else:
+        _forget(model)
+    _write_config(model)
+    return model
+
+
+def unmerge(model: ModelT) -> ModelT:
+    """Undo :func:`merge`: the same modules are back, so base and adapters are equal to the bit.
+
+    Raises:
+        StateError: nothing is merged.
+    """
+    state = state_of(model)
+    if state.merged is None:
+        raise StateError("Nothing is merged, or the merge was made permanent with reversible=False.")
+    owners = _owners(model)
+    modules = dict(model.named_modules())
+    for name, host in state.merged.items():
+        current = modules[name]
+        where = next(current.parameters(), None)
+        if where is not None:
+            host.to(where.device)  # the model may have moved since
+        _replace(owners, current, host.train(current.training))
+    if state.untied:
+        _set_tied(model, True)
+        state.untied = False
+    state.merged = None
+    _freeze_base(model)
+    _write_config(model)
+    return model
+
+
+def unload(model: ModelT) -> ModelT:
+    """Take all adapters out: the model is what it was before the first wrap, to the bit.
+
+    Raises:
+        StateError: there is no adapter; the model is merged (its adapters are in the weights).
+    """
+    if state_of(model).merged is not None:
+        raise StateError("The adapters are merged into the weights: unmerge() first, then unload().")
+    owners = _owners(model)
+    for host in hosts(model).values():
+        _replace(owners, host, host.base)
+    _forget(model)
+    _write_config(model)
+    return model
+
+
+# What other files ask of the engine -------------------------------------------------------------------------
+
+
+def hosts(model: nn.Module) -> dict[str, Host]:
+    """Return the modules that carry adapters, by stock name, in module order."""
+    return {name: module for name, module in replacements(model).items() if isinstance(module, Host)}
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters on a model, in the order they came."""
+    return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.parts))
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters in force."""
+    return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.active))
+
+
+def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer of the base model by its stock name.
+
+    Tied tensors come under each of their names; adapters and markers are left out.
+    """
+    found = hosts(model)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        host = next((name for name in _prefixes(key) if name in found), None)
+        if host is None:
+            tensors[key] = tensor
+        elif key.startswith(f"{host}.base."):
+            tensors[f"{host}.{key.removeprefix(f'{host}.base.')}"] = tensor
+    return tensors
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts)))
+
+
+def state_of(model: nn.Module) -> State:
+    """Return what the engine remembers of a wrapped model.
+
+    Raises:
+        StateError: the model is not wrapped.
+    """
+    state = model.__dict__.get("_lowrank_ft")
+    if not isinstance(state, State):
+        raise StateError("This model has no adapter: wrap() or load() one first.")
+    return state
+
+
+def check_can_wrap(model: nn.Module, name: str) -> None:
+    """Raise ``StateError`` or ``ConfigError`` where no adapter ``name`` can be put on the model."""
+    if not _ADAPTER_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"An adapter cannot be called {name!r}: use letters, digits, - and _ ('math-v2').")
+    if name in adapter_names(model):
+        raise StateError(
+            f"The model already has an adapter {name!r}. Choose another name=, or delete_adapter() it."
+        )
+    state = model.__dict__.get("_lowrank_ft")
+    if state is not None and state.merged is not None:
+        raise StateError(
+            "The model holds a reversible merge. unmerge() it, or make it permanent with "
+            "merge(model, reversible=False), before putting another adapter on."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise StateError("The model is compiled: wrap it first, then torch.compile it.")
+    if hasattr(model, "peft_config"):
+        raise StateError(
+            "PEFT adapters are on this model. load() their directory on the plain base model instead."
+        )
+    foreign = getattr(getattr(model, "config", None), "quantization_config", None)
+    if foreign is not None and not _is_ours(foreign):
+        raise StateError("The model is quantised by another library, which adapters here do not support yet.")
+    if find_layer(model) is not None:
+        raise StateError(
+            "The model is itself a single layer, which cannot be replaced in place: put it in a container."
+        )
+
+
+def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False) -> dict[str, nn.Module]:
+    """Build an adapter's parts for the given stock modules, without touching the model.
+
+    Args:
+        model: the model they are for.
+        nodes: structure by stock module name.
+        on_meta: build shapes only, so that nothing is allocated on a stranger's word.
+
+    Raises:
+        TargetError: a name the model lacks, or a module that cannot be adapted or lies inside one that
+            another adapter trains in full.
+        StateError: a weight that is not loaded yet.
+    """
+    modules = sites.stock_modules(model)
+    taken = hosts(model)
+    built: dict[str, nn.Module] = {}
+    for path, node in nodes.items():
+        if path not in modules:
+            raise TargetError(f"The model has no module {path!r}.{did_you_mean(path, modules)}")
+        inside = [other for other in _prefixes(path) if other in taken or other in nodes]
+        around = [other for other in taken if other.startswith(f"{path}.")]
+        if inside or around:
+            raise TargetError(
+                f"{path} and {(inside + around)[0]} cannot both be adapted: one lies inside the other."
+            )
+        host = taken.get(path)
+        if host is not None and isinstance(host, Copied) is not isinstance(node, CopyNode):
+            raise TargetError(f"{path} is adapted by one adapter and trained in full by another.")
+        if any(p.is_meta for p in modules[path].parameters()):
+            raise StateError(f"The weight of {path} is on the meta device: load the model's weights first.")
+        built[path] = node.build(_meta_twin(modules[path]) if on_meta else modules[path])
+    return built
+
+
+def _meta_twin(module: nn.Module) -> nn.Module:
+    """A copy of a module without values: its tensors are on ``meta``."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        twin = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+        )
+    return copy.deepcopy(module, memo)
+
+
+def commit(
+    model: nn.Module,
+    name: str,
+    nodes: Mapping[str, Node],
+    parts: Mapping[str, nn.Module],
+    recipe: dict[str, Any],
+) -> None:
+    """Put built parts into the model under the adapter ``name``, make it the active one, freeze the rest."""
+    if "_lowrank_ft" not in model.__dict__:
+        named = model.named_parameters(remove_duplicate=False)  # a tie may be broken later
+        trainable = frozenset(n for n, p in named if p.requires_grad)
+        model.__dict__["_lowrank_ft"] = State(trainable)
+    modules, existing, owners = sites.stock_modules(model), hosts(model), _owners(model)
+    for path, part in parts.items():
+        host = existing.get(path)
+        if host is None:
+            host = Copied(modules[path]) if isinstance(nodes[path], CopyNode) else Adapted(modules[path])
+            _replace(owners, modules[path], host)
+        host.attach(name, nodes[path], part)
+    for host in hosts(model).values():
+        host.activate((name,))
+    state_of(model).recipes[name] = recipe
+    _freeze_base(model)
+    _write_config(model)
+
+
+def restore_structure(model: nn.Module, nodes: Mapping[str, Node]) -> None:
+    """Build a manifest's modules on an empty model, in place of the stock ones (for ``from_pretrained``).
+
+    Raises:
+        CheckpointError: the model lacks a module that the manifest names.
+    """
+    modules, owners = dict(model.named_modules()), _owners(model)
+    for name in nodes:
+        if name not in modules or not name:
+            raise CheckpointError(
+                f"The manifest names a module {name!r} that {type(model).__name__} does not have."
+            )
+    for name, node in nodes.items():
+        _replace(owners, modules[name], node.build(modules[name]))
+    _rename_ties(model)
+
+
+def restore_state(model: nn.Module, active: Sequence[str], recipes: dict[str, dict[str, Any]]) -> None:
+    """Make a model built by :func:`restore_structure`, its weights loaded, like one just wrapped."""
+    if hosts(model):
+        trainable = frozenset(stock_tensors(model))
+        model.__dict__["_lowrank_ft"] = State(trainable, recipes)
+        set_adapter(model, active)
+        _freeze_base(model)
+    _write_config(model)
+
+
+def replaced_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of replaced modules by their names in the model."""
+    prefixes = tuple(f"{name}." for name in replacements(model))
+    return {key: t for key, t in model.state_dict(keep_vars=True).items() if key.startswith(prefixes)}
+
+
+def keep_adapters_in_float32(model: nn.Module) -> None:
+    """Ask transformers not to cast adapters down when it loads a model in half precision."""
+    adapted = [name for name, host in hosts(model).items() if isinstance(host, Adapted)]
+    if adapted and hasattr(model, "_keep_in_fp32_modules_strict"):
+        ours = {rf"{re.escape(name)}\.parts\." for name in adapted}
+        theirs: set[str] = set(cast(Any, model)._keep_in_fp32_modules_strict or ())
+        cast(Any, model)._keep_in_fp32_modules_strict = theirs | ours
+
+
+# Steps ------------------------------------------------------------------------------------------------------
+
+
+def _stages(
+    method: str | MethodConfig | Sequence[MethodConfig], options: Mapping[str, Any]
+) -> list[Method[Any]]:
+    """Turn what ``wrap`` was given into methods with checked configs, in an order that can be applied."""
+    if isinstance(method, str):
+        cls = registry.methods[method]
+        return [cls(configs.parse(cls.Config, options, what=f"The method {method!r}"))]
+    if options:
+        names = ", ".join(options)
+        raise ConfigError(
+            f"Pass {names} in the config object, or the method by name with options as keywords."
+        )
+    given = [method] if isinstance(method, MethodConfig) else list(method)
+    if not given:
+        raise ConfigError("The list of methods is empty.")
+    stages = [_method_for(config) for config in given]
+    order = [stage.family.value for stage in stages]
+    if order != sorted(order) or [s.family for s in stages].count(Family.ADAPTER) > 1:
+        listing = ", ".join(f"{stage.name} ({stage.family.name.lower()})" for stage in stages)
+        raise ConfigError(
+            f"These methods cannot be applied in one go: {listing}. The order is compress, quantise, adapt; "
+            f"a second adapter takes a second wrap() with its own name=."
+        )
+    return stages
+
+
+def _method_for(config: MethodConfig) -> Method[Any]:
+    for cls in registry.methods.values():
+        if type(config) is cls.Config:
+            return cls(configs.parse(cls.Config, configs.to_dict(config), what=f"The method {cls.name!r}"))
+    raise ConfigError(f"{config!r} is not the config of a registered method ({', '.join(registry.methods)}).")
+
+
+def _apply(
+    model: nn.Module,
+    method: Method[Any],
+    name: str,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str],
+    layers: int | Sequence[int] | None,
+) -> None:
+    """Run one method: sites, plan, structure, build, values, and only then change the model."""
+    chosen = sites.select(model, targets, exclude, layers)
+    nodes: dict[str, Node] = {}
+    for site, share in zip(chosen, method.plan(chosen), strict=True):
+        nodes.update(method.structure(site, share))
+    if isinstance(method.config, AdapterConfig):
+        nodes.update(_copies(model, method.config.modules_to_save, nodes))
+    parts = build(model, nodes)
+    for site in chosen:
+        method.values(site, {path: parts[path] for path in site.names})
+    recipe = {
+        "method": method.name,
+        "options": configs.to_dict(method.config),
+        "targets": configs.plain(targets),
+        "exclude": configs.plain(exclude),
+        "layers": configs.plain(layers if layers is None or isinstance(layers, int) else list(layers)),
+    }
+    commit(model, name, nodes, parts, recipe)
+
+
+def _copies(model: nn.Module, patterns: Sequence[str], adapted: Mapping[str, Node]) -> dict[str, Node]:
+    """Copies of the modules to train in full, and of the batch norms, whose statistics move in training."""
+    saved = sites.find_modules(model, patterns, "modules_to_save")
+    ties = _shared_weights(model)
+    for name, module in saved.items():
+        if name in adapted:
+            raise TargetError(f"{name} is both a target and in modules_to_save: exclude it from the targets.")
+        tied = [
+            other
+            for p in module.parameters()
+            for other in ties.get(id(p), ())
+            if not other.startswith(f"{name}.")
+        ]
+        if tied:
+            raise TargetError(f"{name} shares its weight with {tied[0]}: a trained copy would break the tie.")
+    copies: dict[str, Node] = {name: CopyNode(trainable=True) for name in saved}
+    for name, module in sites.stock_modules(model).items():
+        moves = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if moves and not any(name == s or name.startswith(f"{s}.") for s in saved):
+            copies[name] = CopyNode(trainable=False)
+    return copies
+
+
+Owners = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _owners(model: nn.Module) -> Owners:
+    """Return, for each module, every place that holds it: a module can have several names."""
+    owners: Owners = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                owners.setdefault(id(child), []).append((parent, attribute))
+    return owners
+
+
+def _replace(owners: Owners, old: nn.Module, new: nn.Module) -> None:
+    for parent, attribute in owners[id(old)]:
+        parent._modules[attribute] = new
+
+
+def _freeze_base(model: nn.Module) -> None:
+    ours = {id(p) for host in hosts(model).values() for p in host.parts.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad_(False)
+
+
+def _restore_trainable(model: nn.Module, names: frozenset[str]) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in names)
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop the state of a model that has no adapter left, giving its parameters their flags back."""
+    _restore_trainable(model, state_of(model).trainable)
+    del model.__dict__["_lowrank_ft"]
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Return the stock names of each parameter that has more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in stock_tensors(model).items():
+        names.setdefault(id(parameter), []).append(name)
+    return {key: shared for key, shared in names.items() if len(shared) > 1}
+
+
+def _check_ties(model: nn.Module, found: Mapping[str, Host], untie: bool) -> None:
+    """Refuse to merge into a weight that other modules use."""
+    ties = _shared_weights(model)
+    for name, host in found.items():
+        weight = host.base._parameters.get("weight")
+        if not isinstance(host, Adapted) or not host.active or weight is None:
+            continue
+        others = [other for other in ties.get(id(weight), ()) if other != f"{name}.weight"]
+        if others and not untie:
+            raise StateError(
+                f"The weight of {name} is shared with {others[0]}, so merging would break the tie. "
+                f"merge(untie=True) does that and records it in the model's config."
+            )
+
+
+def _set_tied(model: nn.Module, tied: bool) -> bool:
+    """Set ``tie_word_embeddings`` in a transformers config; return whether it was there to set."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", None) in (None, tied):
+        return False
+    cast(Any, config).tie_word_embeddings = tied
+    return True
+
+
+def _write_config(model: nn.Module) -> None:
+    """Keep the manifest in a transformers config, so that the user's own ``save_pretrained`` can reload."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_diff_dict"):
+        return
+    manifest = describe(model)
+    if manifest:
+        config.quantization_config = {
+            "quant_method": QUANT_METHOD,
+            "schema": SCHEMA,
+            "manifest": to_json(manifest),
+            "active": list(active_adapters(model)),
+            "recipes": state_of(model).recipes,
+        }
+    elif _is_ours(getattr(config, "quantization_config", None)):
+        del config.quantization_config
+    _rename_ties(model)
+
+
+def _rename_ties(model: nn.Module) -> None:
+    """Tell transformers where tied weights live now that an embedding or head may be a host's base."""
+    for module in model.modules():
+        stock = getattr(type(module), "_tied_weights_keys", None)
+        if not isinstance(stock, dict):
+            continue
+        renamed = {_as_placed(module, k): _as_placed(module, v) for k, v in stock.items()}
+        if renamed != stock:
+            cast(Any, module)._tied_weights_keys = renamed
+        else:
+            module.__dict__.pop("_tied_weights_keys", None)
+        expanded = module.__dict__.get("all_tied_weights_keys")
+        if isinstance(expanded, dict):
+            placed = {_as_placed(module, k): _as_placed(module, v) for k, v in expanded.items()}
+            cast(Any, module).all_tied_weights_keys = placed
+
+
+def _as_placed(module: nn.Module, key: str) -> str:
+    """Return where the tensor ``key`` is now, given where it was with hosts or without."""
+    owner, _, attribute = key.rpartition(".")
+    modules = dict(module.named_modules())
+    if owner.endswith(".base") and owner not in modules:
+        owner = owner.removesuffix(".base")  # its host was taken out
+    if isinstance(modules.get(owner), Host):
+        owner += ".base"  # a host was put in
+    return f"{owner}.{attribute}" if owner else attribute
+
+
+def _is_ours(quantization_config: Any) -> bool:
+    if isinstance(quantization_config, Mapping):
+        return quantization_config.get("quant_method") == QUANT_METHOD
+    return getattr(quantization_config, "quant_method", None) == QUANT_METHOD

@@ -1,0 +1,175 @@
+"""Structure as data: nodes say what stands where in a model, as plain JSON.
+
+A manifest maps module names to nodes. Building it on a fresh model (on the ``meta`` device, say) gives
+modules with the right shapes and no values; the values come from safetensors. No method's mathematics runs
+on load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+from lowrank_ft import config, registry
+from lowrank_ft.errors import CheckpointError, ConfigError
+from lowrank_ft.modules.replacement import Replacement
+
+_MODULE_NAME = re.compile(r"[^./\\\s]+(\.[^./\\\s]+)*")
+
+
+class Node(ABC):
+    """The structure of one module: a frozen dataclass of plain data, registered under its ``kind``.
+
+    Fields may hold scalars, tuples, other nodes, and mappings of names to nodes; nothing else reaches JSON.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def build(self, module: nn.Module) -> nn.Module:
+        """Return the module this node describes, to stand where ``module`` stands now.
+
+        Shapes, device and dtype follow ``module``, which may be on ``meta``; values are left undefined.
+        Must not change ``module``.
+        """
+
+
+Manifest = dict[str, Node]
+
+
+@registry.register_node
+@dataclasses.dataclass(frozen=True)
+class DenseNode(Node):
+    """A stock module, as the base model has it."""
+
+    kind: ClassVar[str] = "dense"
+
+    def build(self, module: nn.Module) -> nn.Module:
+        """Return ``module`` itself."""
+        return module
+
+
+def describe(model: nn.Module) -> Manifest:
+    """Return the manifest of a model as it is now, in module order. It is read off, never stored."""
+    return {name: module.structure() for name, module in replacements(model).items()}
+
+
+def replacements(model: nn.Module) -> dict[str, Replacement]:
+    """Return the outermost replaced modules of ``model`` by name, in module order."""
+    found: dict[str, Replacement] = {}
+    outermost = None
+    for name, module in model.named_modules():  # a module comes directly before all that is inside it
+        if outermost is not None and name.startswith(f"{outermost}."):
+            continue
+        if isinstance(module, Replacement):
+            found[name], outermost = module, name
+    return found
+
+
+# JSON -----------------------------------------------------------------------------------------------------
+
+
+def to_json(manifest: Mapping[str, Node]) -> list[dict[str, Any]]:
+    """Return the manifest with each distinct node written once, beside the names that share it."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, node in manifest.items():
+        data = node_to_json(node)
+        group = groups.setdefault(repr(data), {"node": data, "modules": []})
+        group["modules"].append(name)
+    return list(groups.values())
+
+
+def from_json(data: Any) -> Manifest:
+    """Read what :func:`to_json` wrote, trusting nothing.
+
+    Raises:
+        CheckpointError: malformed data, a module name that is not a dotted path, a module named twice, a
+            node of unknown kind, an unknown or ill-typed field.
+    """
+    manifest: Manifest = {}
+    for group in _expect(data, list, "the manifest"):
+        group = _expect(group, dict, "a group of the manifest")
+        node = node_from_json(group.get("node"))
+        for name in _expect(group.get("modules"), list, "a group's modules"):
+            if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
+                raise CheckpointError(f"The manifest names a module {name!r}, which is not a dotted path.")
+            if name in manifest:
+                raise CheckpointError(f"The manifest describes the module {name!r} twice.")
+            manifest[name] = node
+    return manifest
+
+
+def node_to_json(node: Node) -> dict[str, Any]:
+    """Return one node as JSON data."""
+    data: dict[str, Any] = {"kind": node.kind}
+    for field in dataclasses.fields(cast(Any, node)):
+        data[field.name] = _value_to_json(getattr(node, field.name))
+    return data
+
+
+def _value_to_json(value: Any) -> Any:
+    if isinstance(value, Node):
+        return node_to_json(value)
+    if isinstance(value, Mapping):
+        return {k: _value_to_json(v) for k, v in value.items()}
+    return config.plain(value)
+
+
+def node_from_json(data: Any) -> Node:
+    """Read one node and its children.
+
+    Raises:
+        CheckpointError: see :func:`from_json`.
+    """
+    data = dict(_expect(data, dict, "a node of the manifest"))
+    kind = data.pop("kind", None)
+    if kind not in registry.nodes:
+        known = ", ".join(registry.nodes)
+        raise CheckpointError(
+            f"The manifest has a node of unknown kind {kind!r}. This version knows: {known}. "
+            f"Install the package that brings it, or a newer lowrank_ft."
+        )
+    cls = registry.nodes[kind]
+    try:
+        return _node_from_fields(cls, data)
+    except ConfigError as error:
+        raise CheckpointError(f"The manifest has a malformed {kind!r} node: {error}") from error
+
+
+def _node_from_fields(cls: type[Node], data: dict[str, Any]) -> Node:
+    children: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if name not in data:
+            continue
+        if isinstance(hint, type) and issubclass(hint, Node):
+            children[name] = node_from_json(data.pop(name))
+        elif _is_node_mapping(hint):
+            named = _expect(data.pop(name), dict, f"{cls.kind}.{name}")
+            children[name] = {k: node_from_json(v) for k, v in named.items()}
+        if name in children:
+            _check_child(cls, name, hint, children[name])
+    return config.parse(cls, data, what=f"node {cls.kind!r}", given=children)
+
+
+def _check_child(cls: type[Node], name: str, hint: Any, child: Any) -> None:
+    wanted = typing.get_args(hint)[1] if _is_node_mapping(hint) else hint
+    for node in child.values() if isinstance(child, Mapping) else (child,):
+        if not isinstance(node, wanted):
+            raise ConfigError(f"{cls.kind}.{name} cannot hold a {node.kind!r} node.")
+
+
+def _is_node_mapping(hint: Any) -> bool:
+    args = typing.get_args(hint)
+    return len(args) == 2 and isinstance(args[1], type) and issubclass(args[1], Node)
+
+
+def _expect(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{what.capitalize()} is {type(value).__name__}, not {kind.__name__}.")
+    return value

@@ -1,0 +1,1 @@
+"""One file a method. Every module here is imported when the registry is first read."""

@@ -1,0 +1,125 @@
+"""What a method is: the answers to *which sites*, *what structure*, *what values*."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.manifest import Node
+from lowrank_ft.modules.layer import find_layer
+from lowrank_ft.sites import Site, check_patterns, lookup
+
+
+class Family(enum.Enum):
+    """When a method may be applied: compress, then quantise, then adapt."""
+
+    COMPRESSOR = 0
+    QUANTIZER = 1
+    ADAPTER = 2
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Options of a method. Subclasses are frozen dataclasses whose field docstrings are the help texts."""
+
+    seed: int = 0
+    """Seed of the method's random start. The global random state is neither read nor touched."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig(MethodConfig):
+    """Options that every adapter has."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules to train in full beside the adapter (a new head, norms), by name, name ending or glob."""
+
+
+@dataclass(frozen=True)
+class LowRankConfig(AdapterConfig):
+    """Options of adapters that have a rank."""
+
+    rank: int = 16
+    """Rank of the update, from 1 to min(out, in) of the layer."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of layers that differ: name, name ending, glob or "re:…" to rank; the first match counts."""
+
+    def __post_init__(self) -> None:
+        for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ConfigError(f"The rank must be at least 1, but {where} is {rank}.")
+
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the plan gives one site."""
+
+    rank: int = 0
+
+
+class Method(ABC, Generic[ConfigT]):
+    """One way to adapt or compress a model. A new method is one file with one subclass.
+
+    Attributes:
+        name: how users call it.
+        family: when it may be applied.
+        Config: its options.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    def plan(self, sites: Sequence[Site]) -> list[Share]:
+        """Decide what each site gets; by default one rank for all, and the exceptions by pattern.
+
+        Raises:
+            ConfigError: a rank above min(out, in) of its layer.
+            TargetError: a pattern in the config that matches no site.
+        """
+        if not isinstance(self.config, LowRankConfig):
+            return [Share() for _ in sites]
+        names = [name for site in sites for name in site.names]
+        check_patterns(self.config.rank_pattern, names, "rank_pattern")
+        return [Share(self._rank(site)) for site in sites]
+
+    def _rank(self, site: Site) -> int:
+        assert isinstance(self.config, LowRankConfig)
+        name = site.names[0]
+        rank = lookup(self.config.rank_pattern, name, self.config.rank)
+        layer = find_layer(site.modules[0])
+        if layer is not None and rank > layer.max_rank:
+            raise ConfigError(
+                f"Rank {rank} is above min(out, in) = {layer.max_rank} of {name}. Lower it there with "
+                f"rank_pattern={{{name!r}: {layer.max_rank}}}, or exclude the layer."
+            )
+        return rank
+
+    @abstractmethod
+    def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
+        """Return what is to stand at each name of the site. Pure: reads geometry, never values."""
+
+    def values(self, site: Site, new: Mapping[str, nn.Module]) -> None:
+        """Fill the modules that :meth:`structure` led to, by name; the site still has its old modules."""
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return a CPU random generator that depends on the seed and the module's name alone.
+
+    So a start does not depend on the order of modules, on the device, or on what was drawn before.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

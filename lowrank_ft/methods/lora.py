@@ -1,0 +1,215 @@
+"""LoRA, and what is LoRA with another scale, another start or a rescaled weight.
+
+``ΔW = scale · B A`` with ``A: r × in``, ``B: out × r`` and ``scale = α/r`` (Hu et al. 2021, arXiv
+2106.09685, section 4.1) or ``α/√r`` (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2).
+
+DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5): ``W' = m ∘ (W + ΔW) / ‖W + ΔW‖``, one magnitude for
+each row of the ``out × in`` matrix, the norm kept out of the gradient (section 4.3).
+
+PiSSA (Meng et al. 2024, arXiv 2404.02948, equations 2–4) starts from the leading singular triples of W,
+OLoRA (Büyükakyüz 2024, arXiv 2406.01775) from its QR factors. Here they do not change the base: the start
+``B₀ A₀`` is kept, frozen, and the delta is ``scale · (B A − B₀ A₀)``, which trains as the papers' form does,
+is exactly zero at the start, and leaves the base to other adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft import linalg
+from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.methods.base import Family, LowRankConfig, Method, Share, generator_for
+from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
+from lowrank_ft.modules.layer import Layer, layer_of
+from lowrank_ft.registry import register_method, register_node
+from lowrank_ft.sites import Site, check_patterns, lookup
+
+Scaling = Literal["standard", "rslora"]
+Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+
+
+@dataclass(frozen=True)
+class LoRA(LowRankConfig):
+    """LoRA: a trained low-rank update beside each frozen weight."""
+
+    alpha: float | None = None
+    """Scale of the update: it is multiplied by alpha/rank (or alpha/√rank). The rank itself by default."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alphas of layers that differ: name, name ending, glob or "re:…" to alpha; the first match counts."""
+    scaling: Scaling = "standard"
+    """"standard" is alpha/rank; "rslora" is alpha/√rank, which keeps large ranks learning."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the update's input in training."""
+    init: Start = "kaiming"
+    """Start of A ("kaiming" uniform, "gaussian", "orthogonal", B zero), or of both from the weight: "pissa"
+    (leading singular triples) or "olora" (QR)."""
+    dora: bool = False
+    """Train a magnitude for each output beside the direction (DoRA)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alphas = [*self.alpha_pattern.values(), *([] if self.alpha is None else [self.alpha])]
+        if not all(math.isfinite(alpha) and alpha > 0 for alpha in alphas):
+            raise ConfigError(f"alpha must be positive and finite, but is among {alphas}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), but is {self.dropout}.")
+
+    def alpha_of(self, name: str, rank: int) -> float:
+        """Return alpha for the layer ``name`` of that rank."""
+        default = float(rank) if self.alpha is None else self.alpha
+        return lookup(self.alpha_pattern, name, default)
+
+
+@register_node
+@dataclass(frozen=True)
+class LoRANode(DeltaNode):
+    """The structure of a LoRA on one layer."""
+
+    kind: ClassVar[str] = "lora"
+    rank: int
+    alpha: float
+    scaling: Scaling = "standard"
+    dropout: float = 0.0
+    dora: bool = False
+    anchored: bool = False  # the delta is measured from a frozen start, B₀ A₀
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"The rank must be at least 1, but is {self.rank}.")
+
+    @property
+    def scale(self) -> float:
+        """The factor on ``B A``."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    def delta(self, layer: Layer) -> Delta:
+        """Return the LoRA for ``layer``."""
+        return LoRADelta(self, layer)
+
+
+class LoRADelta(Delta):
+    """``A: (rank, in)``, ``B: (out, rank)``; anchored also ``A0``, ``B0``; DoRA also ``magnitude (out,)``."""
+
+    node: LoRANode
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, node: LoRANode, layer: Layer) -> None:
+        super().__init__(node, layer)
+        shape_A, shape_B = (node.rank, layer.in_features), (layer.out_features, node.rank)
+        self.A = self.new_parameter(*shape_A)
+        self.B = self.new_parameter(*shape_B)
+        if node.anchored:
+            self.register_buffer("A0", self.new_tensor(*shape_A))
+            self.register_buffer("B0", self.new_tensor(*shape_B))
+        if node.dora:
+            self.magnitude = self.new_parameter(layer.out_features)
+        self.dropout = node.dropout
+        self.rescales = node.dora
+
+    def as_lora(self) -> LowRankForm:
+        """Return ``(A, B)``; anchored, the exact form of rank 2r.
+
+        ``B A − B₀ A₀ = (B − B₀) A + B₀ (A − A₀)``: both terms are exactly zero at the start, where the
+        difference of the two products would leave rounding errors.
+        """
+        if not self.node.anchored:
+            return LowRankForm(self.A, self.B, self.node.scale)
+        A = torch.cat([self.A, self.A - self.A0])
+        B = torch.cat([self.B - self.B0, self.B0], dim=1)
+        return LowRankForm(A, B, self.node.scale)
+
+    def gain(self) -> Tensor | None:
+        """Return ``m / ‖W + ΔW‖`` by rows; the norm carries no gradient."""
+        return self.magnitude / self.row_norms() if self.node.dora else None
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """Return ``‖W + scale · B A‖`` by rows, ``(out,)``, without forming the sum.
+
+        ``‖w‖² + 2 scale ⟨w A ᵀ, b⟩ + scale² b (A Aᵀ) bᵀ``: out · in · r products and no ``out × in``
+        temporary.
+        """
+        A, B, scale = self.as_lora()
+        W = self.layer.matrix()
+        squares = torch.linalg.vector_norm(W, dim=1, dtype=A.dtype).square()
+        cross = ((W @ A.T.to(W.dtype)).to(A.dtype) * B).sum(1)
+        own = ((B @ (A @ A.T)) * B).sum(1)
+        total: Tensor = squares + 2 * scale * cross + scale**2 * own
+        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+
+@register_method
+class LoRAMethod(Method[LoRA]):
+    """LoRA and its relatives."""
+
+    name = "lora"
+    family = Family.ADAPTER
+    Config = LoRA
+
+    def structure(self, site: Site, share: Share) -> Mapping[str, LoRANode]:
+        """Return one LoRA a layer."""
+        (name,), (module,) = site.names, site.modules
+        c = self.config
+        if isinstance(module, nn.Embedding) and c.dropout > 0:
+            raise TargetError(
+                f"{name} is an Embedding, whose input cannot be dropped. Exclude it, or set dropout=0."
+            )
+        anchored = c.init in ("pissa", "olora")
+        alpha = c.alpha_of(name, share.rank)
+        return {name: LoRANode(share.rank, alpha, c.scaling, c.dropout, c.dora, anchored)}
+
+    def plan(self, sites: Sequence[Site]) -> list[Share]:
+        """Give each layer its rank."""
+        check_patterns(self.config.alpha_pattern, [s.names[0] for s in sites], "alpha_pattern")
+        return super().plan(sites)
+
+    def values(self, site: Site, new: Mapping[str, nn.Module]) -> None:
+        """Start with ``ΔW = 0``."""
+        (name,) = site.names
+        delta = cast(LoRADelta, new[name])
+        layer = layer_of(site.modules[0])
+        with torch.no_grad():
+            if delta.node.anchored:
+                _start_from_weight(delta, layer.matrix(), self.config.init)
+            else:
+                _start_at_random(delta, layer, self.config.init, generator_for(self.config.seed, name))
+            if delta.node.dora:
+                delta.magnitude.copy_(delta.row_norms())
+
+
+def _start_at_random(delta: LoRADelta, layer: Layer, start: Start, generator: torch.Generator) -> None:
+    """Fill one factor at random and the other with zeros: B, or for embeddings A, as in PEFT."""
+    filled, zero = (delta.B, delta.A) if layer.kind == "embedding" else (delta.A, delta.B)
+    shape = filled.shape
+    values = torch.empty(shape)
+    if layer.kind == "embedding":
+        values.normal_(generator=generator)
+    elif start == "kaiming":  # uniform in ±1/√in, what Linear itself starts with
+        bound = 1 / math.sqrt(shape[1])
+        values.uniform_(-bound, bound, generator=generator)
+    elif start == "gaussian":
+        values.normal_(std=1 / shape[0], generator=generator)
+    else:
+        nn.init.orthogonal_(values, generator=generator)
+    filled.copy_(values)
+    zero.zero_()
+
+
+def _start_from_weight(delta: LoRADelta, W: Tensor, start: Start) -> None:
+    """Fill both factors, and the frozen start, from W: its leading singular triples, or its QR factors."""
+    rank, scale = delta.node.rank, delta.node.scale
+    if start == "pissa":
+        U, S, Vt = linalg.truncated_svd(W, rank)
+        root = (S / scale).sqrt()
+        B, A = U * root, root[:, None] * Vt
+    else:  # OLoRA leaves the scale out: its base loses scale · Q R
+        B, A = linalg.thin_qr(W, rank)
+    for tensor, values in ((delta.A, A), (delta.B, B), (delta.A0, A), (delta.B0, B)):
+        tensor.copy_(values)

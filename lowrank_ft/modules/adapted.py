@@ -1,0 +1,152 @@
+"""A layer with adapters on it, any number of them, some active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft.errors import StateError
+from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
+from lowrank_ft.modules.fused import low_rank_linear
+from lowrank_ft.modules.host import Host
+from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.registry import register_node
+
+
+@register_node
+@dataclass(frozen=True)
+class AdaptedNode(Node):
+    """A layer (``base``: dense, or what a compressor left) with named adapters (``deltas``) on it."""
+
+    kind: ClassVar[str] = "adapted"
+    deltas: Mapping[str, DeltaNode]
+    base: Node = field(default_factory=DenseNode)
+
+    def build(self, module: nn.Module) -> Adapted:
+        """Build the base, and the deltas on it."""
+        host = Adapted(self.base.build(module))
+        for name, node in self.deltas.items():
+            host.attach(name, node, node.build(host.base))
+        return host
+
+
+class Adapted(Host):
+    """``y = gain ∘ (W x + Σ ΔW x) + b`` over the active adapters.
+
+    Attributes:
+        base: the layer, its weight untouched.
+        parts: the adapters by name.
+        active: names of the adapters that take part in the forward.
+    """
+
+    nodes: dict[str, DeltaNode]  # type: ignore[assignment]
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base, like=layer_of(base).weight)
+        self.layer = layer_of(base)
+
+    def structure(self) -> AdaptedNode:
+        """Return the node of this layer, its adapters in the order they were attached."""
+        return AdaptedNode(dict(self.nodes), self.base_node())
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """The adapters by name."""
+        return {name: cast(Delta, part) for name, part in self.parts.items()}
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Refuse two adapters at once where one rescales the whole weight, since they would not add up."""
+        rescaling = [n for n in names if n in self.parts and self.deltas[n].rescales]
+        if rescaling and len(names) > 1:
+            raise StateError(
+                f"The adapter {rescaling[0]!r} rescales the whole weight (DoRA), so it cannot be active "
+                f"together with {[n for n in names if n != rescaling[0]]}. Activate one at a time."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer with its active adapters."""
+        deltas = [cast(Delta, self.parts[name]) for name in self.active]
+        if not deltas:
+            return cast(Tensor, self.base(x))
+        out = self._fused(x, deltas)
+        if out is None:
+            out = self.base(x)
+            for delta in deltas:
+                out = out + delta(x)
+        gain = deltas[0].gain()
+        return out if gain is None else self._rescale(out, gain)
+
+    def merged(self) -> nn.Module:
+        """Return a stock layer with the active adapters in its weight, summed in float32, rounded once."""
+        deltas = [self.deltas[name] for name in self.active]
+        with torch.no_grad():
+            weight = self.layer.matrix()
+            total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            for delta in deltas:
+                total = total + delta.weight().to(total.dtype)
+                gain = delta.gain()
+                if gain is not None:
+                    total = total * gain.to(total.dtype)[:, None]
+            return self.layer.clone_with(total.to(weight.dtype))
+
+    def _fused(self, x: Tensor, deltas: list[Delta]) -> Tensor | None:
+        """Run everything in one kernel where the layer is a stock dense one and every update is low-rank."""
+        layer, weight, bias = self.layer, self.layer.weight, self.layer.bias
+        if layer.kind not in ("linear", "transposed-linear") or not layer.is_stock:
+            return None
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        if len(deltas) > 1 and any(delta.drops for delta in deltas):
+            return None  # each adapter drops its own input
+        forms = [delta.as_lora() for delta in deltas]
+        dtype = _compute_dtype(x)
+        if any(form is None for form in forms) or not _same_after_cast(weight, x):
+            return None
+        A, B, scale = _joined([cast(LowRankForm, form) for form in forms])
+        x = x.to(dtype)
+        dropped = deltas[0].drop(x) if deltas[0].drops else None
+        return low_rank_linear(
+            x,
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            A.to(dtype),
+            B.to(dtype),
+            scale,
+            transposed=layer.kind == "transposed-linear",
+            dropped=dropped,
+        )
+
+    def _rescale(self, out: Tensor, gain: Tensor) -> Tensor:
+        """Multiply the output without its bias by ``gain``, exactly the identity where ``gain`` is one."""
+        gain = self.layer.per_channel(gain.to(out.dtype))
+        if self.layer.bias is None:
+            return out * gain
+        bias = self.layer.per_channel(self.layer.bias.to(out.dtype))
+        return out + (out - bias) * (gain - 1)
+
+
+def _joined(forms: list[LowRankForm]) -> LowRankForm:
+    """Several updates as one of the summed rank."""
+    if len(forms) == 1:
+        return forms[0]
+    A = torch.cat([form.A for form in forms])
+    B = torch.cat([form.B * form.scale for form in forms], dim=1)
+    return LowRankForm(A, B, 1.0)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer would compute in: autocast's where it is on, else the input's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _same_after_cast(weight: Tensor, x: Tensor) -> bool:
+    """Whether weight and input meet in one dtype. Where not, the stock layer gives the stock error."""
+    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)

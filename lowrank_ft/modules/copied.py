@@ -1,0 +1,85 @@
+"""A module with whole trained copies beside it: extra trainables, and state that moves while training.
+
+Two uses. Heads, norms or embeddings that should be trained in full (``modules_to_save``) get a trainable
+copy per adapter. And batch norms, whose running statistics drift in training even when frozen, get a
+frozen copy per adapter: what training changes is saved with the adapter, and the base stays as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lowrank_ft.errors import StateError
+from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.modules.host import Host
+from lowrank_ft.registry import register_node
+
+
+@register_node
+@dataclass(frozen=True)
+class CopyNode(Node):
+    """A copy of a whole module, its parameters trained or not; its buffers move either way."""
+
+    kind: ClassVar[str] = "copy"
+    trainable: bool = True
+
+    def build(self, module: nn.Module) -> nn.Module:
+        """Return the copy, which starts with the values of ``module``."""
+        return copy.deepcopy(module)
+
+
+@register_node
+@dataclass(frozen=True)
+class CopiedNode(Node):
+    """A module (``base``) with named copies beside it."""
+
+    kind: ClassVar[str] = "copied"
+    copies: Mapping[str, CopyNode]
+    base: Node = field(default_factory=DenseNode)
+
+    def build(self, module: nn.Module) -> Copied:
+        """Build the base, and its copies."""
+        host = Copied(self.base.build(module))
+        for name, node in self.copies.items():
+            host.attach(name, node, node.build(host.base))
+        return host
+
+
+class Copied(Host):
+    """Runs the active adapter's copy, or the base where none is active."""
+
+    nodes: dict[str, CopyNode]  # type: ignore[assignment]
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base, like=next(base.parameters(), None))
+
+    def structure(self) -> CopiedNode:
+        """Return the node of this module."""
+        return CopiedNode(dict(self.nodes), self.base_node())
+
+    def trains(self, name: str) -> bool:
+        """Whether the adapter's copy is trained, or only carries buffers that move."""
+        return self.nodes[name].trainable
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Refuse two copies at once: only one can run."""
+        clash = [name for name in names if name in self.parts]
+        if len(clash) > 1:
+            raise StateError(
+                f"The adapters {clash} each train their own copy of one {type(self.base).__name__}, so they "
+                f"cannot be active together. Activate one at a time."
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active copy, or the base."""
+        module = self.parts[self.active[0]] if self.active else self.base
+        return module(*args, **kwargs)
+
+    def merged(self) -> nn.Module:
+        """Return the active copy, or the base."""
+        return self.parts[self.active[0]] if self.active else self.base

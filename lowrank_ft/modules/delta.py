@@ -1,0 +1,111 @@
+"""What one adapter adds to one layer. A new adapter method writes a node and a delta, and little else."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_ft.manifest import Node
+from lowrank_ft.modules.layer import Layer, layer_of
+
+
+class LowRankForm(NamedTuple):
+    """An update written as a LoRA: ``ΔW = scale · B A``.
+
+    Attributes:
+        A: ``(rank, in)``.
+        B: ``(out, rank)``.
+        scale: factor on the product.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class DeltaNode(Node):
+    """The structure of an adapter on one layer.
+
+    Unlike other nodes it replaces nothing: the engine hangs what it builds onto the layer, beside adapters
+    that are there already.
+    """
+
+    def build(self, module: nn.Module) -> Delta:
+        """Return the delta for the layer ``module``, its parameters allocated but not filled."""
+        return self.delta(layer_of(module))
+
+    @abstractmethod
+    def delta(self, layer: Layer) -> Delta:
+        """Return the delta for ``layer``."""
+
+
+class Delta(nn.Module):
+    """An update ``ΔW`` of one layer's weight, trained while the weight is frozen.
+
+    A subclass overrides :meth:`as_lora` where the update has a low-rank form (it then runs in the fused
+    kernel, merges and exports with no more code), or :meth:`weight` where it has none.
+
+    Attributes:
+        node: the structure this delta was built from.
+        layer: the adapted layer, for its geometry; the delta does not own it.
+        dropout: probability of dropping an element of the delta's input in training.
+        rescales: whether :meth:`gain` is ever not None.
+    """
+
+    dropout: float = 0.0
+    rescales: bool = False
+
+    def __init__(self, node: DeltaNode, layer: Layer) -> None:
+        super().__init__()
+        self.node = node
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``ΔW x`` for the layer's input ``x``."""
+        form = self.as_lora()
+        x = self.drop(x)
+        if form is None:
+            return self.layer.run_matrix(x, self.weight())
+        return self.layer.run_factors(x, form.A, form.B * form.scale)
+
+    def weight(self) -> Tensor:
+        """Return ``ΔW``, ``out × in``."""
+        form = self.as_lora()
+        if form is None:
+            raise TypeError(f"{type(self).__name__} must override as_lora() or weight().")
+        return (form.B @ form.A) * form.scale
+
+    def as_lora(self) -> LowRankForm | None:
+        """Return the exact low-rank form of the update, differentiable, or None where it has none."""
+        return None
+
+    def gain(self) -> Tensor | None:
+        """Return a factor ``(out,)`` on each row of ``W + ΔW`` (DoRA), or None for one."""
+        return None
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Return ``x`` after this delta's dropout; ``x`` itself outside training."""
+        return F.dropout(x, self.dropout, self.training) if self.drops else x
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts right now."""
+        return self.dropout > 0 and self.training
+
+    def new_parameter(self, *shape: int) -> nn.Parameter:
+        """Return an unfilled parameter on the layer's device, in the layer's dtype but never in half.
+
+        Half-precision weights get float32 adapters: the optimiser's small steps are lost in bfloat16. They
+        are cast to the compute dtype where they are used.
+        """
+        return nn.Parameter(self.new_tensor(*shape))
+
+    def new_tensor(self, *shape: int) -> Tensor:
+        """Return an unfilled tensor placed and typed like :meth:`new_parameter`'s."""
+        weight = self.layer.weight
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        return torch.empty(*shape, dtype=torch.float32 if half else weight.dtype, device=weight.device)

@@ -1,0 +1,143 @@
+"""A dense layer and its low-rank update as one autograd function.
+
+``y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ``, with W and b frozen. Against the same formula in separate operations:
+
+* the update is accumulated into the output (and its gradient into the input's gradient), so no
+  ``tokens × out`` temporary exists;
+* the input is kept once, in its own dtype, and shared by q, k and v: autograd sees one tensor;
+* nothing is computed for W, and nothing for x where x needs no gradient;
+* an input that was itself computed as a product of two tensors that autograd already keeps (the SwiGLU
+  ``act(gate) · up`` in front of every down projection) is not kept at all but multiplied again in backward,
+  which costs one elementwise product and gives the same bits.
+
+Products are summed in another order than in separate operations, so logits differ from them in the last
+bits. The start is still the identity to the bit: with B = 0, what is accumulated is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Product = tuple[Tensor, Tensor]
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    *,
+    transposed: bool = False,
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """Return ``x Wᵀ + b + scale · (x Aᵀ) Bᵀ``.
+
+    Args:
+        x: ``(…, in)``.
+        weight: ``(out, in)``, or ``(in, out)`` where ``transposed``. Frozen: it gets no gradient.
+        bias: ``(out,)`` or None. Frozen.
+        A: ``(rank, in)``, of the dtype of ``x``.
+        B: ``(out, rank)``, of the dtype of ``x``.
+        scale: factor on the update.
+        transposed: the weight is stored as GPT-2 stores it.
+        dropped: ``x`` after dropout, which the update then sees in place of ``x``.
+
+    Returns:
+        ``(…, out)``, in the dtype of ``x``.
+    """
+    source = x if dropped is None else dropped
+    product = _kept_product(source) if A.requires_grad and torch.is_grad_enabled() else None
+    args = (x, dropped, weight, bias, A, B, scale, transposed, product)
+    return cast(Tensor, _LowRankLinear.apply(*args))  # type: ignore[no-untyped-call]
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        transposed: bool,
+        product: Product | None,
+    ) -> Tensor:
+        source = x if dropped is None else dropped
+        out = _dense(x, weight, bias, transposed)
+        hidden = F.linear(source.reshape(-1, source.shape[-1]), A)
+        out.view(-1, out.shape[-1]).addmm_(hidden, B.T, alpha=scale)
+
+        keep = ctx.needs_input_grad[4]  # A's gradient is all that the input is kept for
+        kept = product if product is not None else (source,)
+        ctx.save_for_backward(weight, A, B, hidden, *(kept if keep else ()))
+        ctx.scale, ctx.transposed, ctx.has_dropped = scale, transposed, dropped is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, A, B, hidden, *kept = ctx.saved_tensors
+        need_x, need_dropped, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        grad_x = grad_dropped = grad_A = grad_B = None
+        with torch.autocast(grad.device.type, enabled=False):
+            shape, flat = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
+            grad_hidden = (flat @ B).mul_(ctx.scale)
+            if need_x:
+                grad_x = flat @ (weight.T if ctx.transposed else weight)
+                if not ctx.has_dropped:
+                    grad_x.addmm_(grad_hidden, A)
+                grad_x = grad_x.view(*shape, -1)
+            if need_dropped:
+                grad_dropped = (grad_hidden @ A).view(*shape, -1)
+            if need_A:
+                source = kept[0] if len(kept) == 1 else kept[0] * kept[1]
+                grad_A = grad_hidden.T @ source.reshape(-1, source.shape[-1])
+            if need_B:
+                grad_B = (flat.T @ hidden).mul_(ctx.scale)
+        return grad_x, grad_dropped, None, None, grad_A, grad_B, None, None, None
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The frozen layer, by the very operations its own forward uses, so that its bits are the same."""
+    if not transposed:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _kept_product(x: Tensor) -> Product | None:
+    """Return (a, b) where x is a · b and autograd keeps a and b anyway for that product's own backward.
+
+    Not while saved-tensor hooks are on (activation checkpointing, offloading): asking for a kept tensor
+    would run their unpacking in the middle of the forward.
+    """
+    if torch.compiler.is_compiling() or _saved_tensor_hooks_are_on():
+        return None
+    node = x.grad_fn
+    if node is None or node.name() != "MulBackward0":
+        return None
+    a, b = node._saved_self, node._saved_other  # type: ignore[attr-defined]
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return None  # a scalar factor, or a factor that needs no gradient: the other one is not kept
+    if not (a.shape == b.shape == x.shape and a.dtype == b.dtype == x.dtype):
+        return None  # broadcast: multiplying again would be right, but one kept factor may be the larger
+    # Detached aliases still share the version counter, so an in-place change is caught in backward.
+    return a.detach(), b.detach()
+
+
+def _saved_tensor_hooks_are_on() -> bool:
+    """Whether ``saved_tensors_hooks`` are in force. torch has no public question for this.
+
+    Where the private one is gone, answer yes: the input is then kept, which is right and only costs memory.
+    """
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top_hooks is None or top_hooks(True) is not None

@@ -1,0 +1,72 @@
+"""What hosts of adapters share: a base, named parts, and which of them are active."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.modules.replacement import Replacement
+
+
+class Host(Replacement):
+    """A module that keeps its base untouched and puts one or more named parts beside it.
+
+    Attributes:
+        base: the module that stood here before.
+        parts: what each adapter put here, by adapter name.
+        nodes: the structure of each part.
+        active: names of the adapters in force here; the others are kept, frozen and unused.
+    """
+
+    def __init__(self, base: nn.Module, like: Tensor | None) -> None:
+        super().__init__(like)
+        self.base = base
+        self.parts = nn.ModuleDict()
+        self.nodes: dict[str, Node] = {}
+        self.active: tuple[str, ...] = ()
+        self.train(base.training)
+
+    def attach(self, name: str, node: Node, part: nn.Module) -> None:
+        """Add the part of an adapter and make it the only active one."""
+        self.nodes[name] = node
+        self.parts[name] = part.train(self.training)
+        self.activate((name,))
+
+    def detach(self, name: str) -> None:
+        """Remove the part of an adapter."""
+        del self.parts[name], self.nodes[name]
+        self.activate(tuple(n for n in self.active if n != name))
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Raise ``StateError`` if these adapters cannot be active together here."""
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Put those of ``names`` that are hosted here in force; they train, the others do not."""
+        self.active = tuple(name for name in names if name in self.parts)
+        for name, part in self.parts.items():
+            part.requires_grad_(name in self.active and self.trains(name))
+
+    def trains(self, name: str) -> bool:
+        """Whether the part of this adapter is trained when it is active."""
+        return True
+
+    def base_node(self) -> Node:
+        """Return the structure of the base."""
+        return self.base.structure() if isinstance(self.base, Replacement) else DenseNode()
+
+    @abstractmethod
+    def merged(self) -> nn.Module:
+        """Return a stock module that computes what this host computes now."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the base what the host does not know: ``in_features``, ``bias``, ``stride``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)

@@ -1,0 +1,290 @@
+"""One view over every layer that carries a weight: a matrix, out × in, and how to run it.
+
+Methods write their mathematics once, on the matrix; this file knows that GPT-2's ``Conv1D`` stores the
+transpose, that an embedding is a matrix applied to one-hot tokens, and that a convolution's matrix is its
+unfolded kernel. Subclasses that override ``forward`` (scaled embeddings, padded convolutions, layers that
+cast) are run through *their own* ``forward`` with another weight put in, so that what they do to the base
+weight they also do to the update.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_ft.errors import TargetError
+
+
+class Layer(ABC):
+    """A weight-bearing module, seen as the matrix ``out_features × in_features``.
+
+    Attributes:
+        module: the layer itself; its weight is read, never written.
+        out_features: rows of the matrix; channels of the output.
+        in_features: columns of the matrix: input features, vocabulary size, or ``in/groups · k · k``.
+    """
+
+    kind: ClassVar[str]
+    out_features: int
+    in_features: int
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight, in the module's own layout."""
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's bias, or None."""
+        return cast("Tensor | None", getattr(self.module, "bias", None))
+
+    @property
+    def max_rank(self) -> int:
+        """``min(out, in)``: the largest rank an update of this layer can have."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the module runs its class's own forward with nothing hooked in between.
+
+        Only then may a fused kernel read the weight and skip the module.
+        """
+        m = self.module
+        return (
+            self._has_stock_forward
+            and "forward" not in m.__dict__  # accelerate's offloading replaces it on the instance
+            and not m._forward_hooks
+            and not m._forward_pre_hooks
+            and not m._backward_hooks
+            and not m._backward_pre_hooks
+        )
+
+    def matrix(self) -> Tensor:
+        """The weight as ``out × in`` (a view where the layout allows one)."""
+        return self.to_matrix(self.weight)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Turn a weight in the stored layout into ``out × in``."""
+        return weight
+
+    def to_weight(self, matrix: Tensor) -> Tensor:
+        """Turn an ``out × in`` matrix into the stored layout."""
+        return matrix
+
+    @abstractmethod
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Run the layer's own forward, without bias, with ``weight`` (stored layout) in its place."""
+
+    @abstractmethod
+    def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Apply ``B A`` (``out × r`` and ``r × in``) to ``x`` without forming the product."""
+
+    def run_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Apply an ``out × in`` matrix to ``x`` the way the layer applies its own."""
+        return self.run(x, self._cast(self.to_weight(matrix), x))
+
+    def per_channel(self, vector: Tensor) -> Tensor:
+        """Shape one value for each output feature so that it broadcasts over the layer's output."""
+        return vector
+
+    def clone_with(self, matrix: Tensor) -> nn.Module:
+        """Return a module like this one whose weight is ``matrix``; everything else is shared."""
+        module = copy.copy(self.module)
+        module._parameters = dict(module._parameters)
+        module._buffers = dict(module._buffers)
+        weight = self.to_weight(matrix).contiguous()
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        return module
+
+    @property
+    @abstractmethod
+    def _has_stock_forward(self) -> bool: ...
+
+    def _cast(self, tensor: Tensor, x: Tensor) -> Tensor:
+        """Cast a parameter to the compute dtype, unless autocast is going to choose it."""
+        return tensor if torch.is_autocast_enabled(x.device.type) else tensor.to(x.dtype)
+
+    def _run_overridden(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Call the module's own forward with another weight, and zeros for a bias."""
+        tensors = {"weight": weight}
+        if self.bias is not None:
+            tensors["bias"] = weight.new_zeros(self._outputs_of(weight))
+        return cast(Tensor, torch.func.functional_call(self.module, tensors, (x,)))
+
+    def _outputs_of(self, weight: Tensor) -> int:
+        return weight.shape[0]
+
+
+class LinearLayer(Layer):
+    """``nn.Linear`` and its subclasses: the matrix is the weight."""
+
+    kind = "linear"
+    module: nn.Linear
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__(module)
+        self.out_features, self.in_features = module.out_features, module.in_features
+
+    @property
+    def _has_stock_forward(self) -> bool:
+        return type(self.module).forward is nn.Linear.forward
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight) if self._has_stock_forward else self._run_overridden(x, weight)
+
+    def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        hidden = self.run(x, self._cast(A, x))
+        return F.linear(hidden, self._cast(B, hidden))
+
+
+class TransposedLinearLayer(Layer):
+    """transformers' ``Conv1D`` (GPT-2): a linear layer that stores ``in × out``."""
+
+    kind = "transposed-linear"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.in_features, self.out_features = self.weight.shape
+
+    @property
+    def _has_stock_forward(self) -> bool:
+        return type(self.module) is _transformers_conv1d()
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def to_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.T)
+
+    def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self._cast(A, x)), self._cast(B, x))
+
+
+class EmbeddingLayer(Layer):
+    """``nn.Embedding``: the matrix is the transposed table, ``dimension × vocabulary``.
+
+    ``A`` is then ``r × vocabulary`` and ``B`` is ``dimension × r``, as in PEFT.
+    """
+
+    kind = "embedding"
+    module: nn.Embedding
+
+    def __init__(self, module: nn.Embedding) -> None:
+        super().__init__(module)
+        if module.max_norm is not None:
+            raise TargetError("An Embedding with max_norm rewrites its own weight and cannot be adapted.")
+        self.out_features, self.in_features = module.embedding_dim, module.num_embeddings
+
+    @property
+    def _has_stock_forward(self) -> bool:
+        return type(self.module).forward is nn.Embedding.forward
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def to_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self._has_stock_forward:
+            return self._run_overridden(x, weight)
+        m = self.module
+        return F.embedding(x, weight, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
+
+    def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(self.run(x, A.T.to(self.weight.dtype)), B.to(self.weight.dtype))
+
+    def _cast(self, tensor: Tensor, x: Tensor) -> Tensor:
+        return tensor.to(self.weight.dtype)  # x holds token ids
+
+
+class ConvLayer(Layer):
+    """``nn.Conv1d/2d/3d`` with any stride, padding, dilation and groups.
+
+    The matrix is the unfolded kernel, ``out × (in/groups · k…)``. Without groups ``B A`` runs as a
+    convolution to ``r`` channels and a 1×1 convolution; with groups as one convolution by the small dense
+    product, since factored execution would carry ``r`` channels for every group.
+    """
+
+    kind = "conv"
+    module: nn.modules.conv._ConvNd
+
+    def __init__(self, module: nn.modules.conv._ConvNd) -> None:
+        super().__init__(module)
+        self.out_features = module.out_channels
+        self.in_features = module.weight[0].numel()
+
+    @property
+    def _has_stock_forward(self) -> bool:
+        return type(self.module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def to_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, *self.weight.shape[1:])
+
+    def per_channel(self, vector: Tensor) -> Tensor:
+        return vector.reshape(-1, *(1,) * (self.weight.dim() - 2))
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self._has_stock_forward:
+            return self._run_overridden(x, weight)
+        return cast(Tensor, cast(Any, self.module)._conv_forward(x, weight, None))
+
+    def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        if self.module.groups > 1:
+            return self.run_matrix(x, B @ A)
+        hidden = self.run(x, self._cast(self.to_weight(A), x))
+        spatial = self.weight.dim() - 2
+        pointwise = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+        return pointwise(hidden, self._cast(B, hidden).reshape(*B.shape, *(1,) * spatial))
+
+
+def layer_of(module: nn.Module, name: str = "") -> Layer:
+    """Return the :class:`Layer` view of ``module``.
+
+    Raises:
+        TargetError: the module carries no weight of a kind that can be adapted.
+    """
+    view = find_layer(module)
+    if view is None:
+        raise TargetError(
+            f"{name or 'The module'} is a {type(module).__name__}, which cannot be adapted. Linear, Conv1D "
+            f"(GPT-2), Embedding and Conv1d/2d/3d layers can: exclude it, or name the layers inside it."
+        )
+    return view
+
+
+def find_layer(module: nn.Module) -> Layer | None:
+    """Like :func:`layer_of`, but None for modules that cannot be adapted."""
+    if type(module).__module__.startswith("bitsandbytes."):
+        return None
+    if isinstance(module, nn.Linear):
+        return LinearLayer(module)
+    if isinstance(module, nn.Embedding):
+        return EmbeddingLayer(module)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvLayer(module)
+    conv1d = _transformers_conv1d()
+    if conv1d is not None and isinstance(module, conv1d):
+        return TransposedLinearLayer(module)
+    return None
+
+
+def _transformers_conv1d() -> type[nn.Module] | None:
+    """Transformers' Conv1D class if transformers is loaded; importing it here would cost a second."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return cast("type[nn.Module] | None", getattr(module, "Conv1D", None))

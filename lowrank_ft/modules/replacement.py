@@ -1,0 +1,33 @@
+"""The base class of every module that stands where a stock one stood."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lowrank_ft.manifest import Node
+
+
+class Replacement(nn.Module):
+    """A module that the engine put in place of a stock one.
+
+    It carries a zero-length buffer under the stock name ``weight``. Code that would read the weight past
+    this module (a stock ``from_pretrained`` of our checkpoint, a model that calls ``F.linear`` on a child's
+    weight) then fails with a shape error; without it such a load is silently random, and such a call
+    silently ignores the adapter.
+    """
+
+    weight: Tensor
+
+    def __init__(self, like: Tensor | None = None) -> None:
+        """Create the marker with the dtype and device of ``like``, which callers do read."""
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0) if like is None else like.detach().new_empty(0))
+
+    @abstractmethod
+    def structure(self) -> Node:
+        """Return the node that describes this module, read off the module itself."""

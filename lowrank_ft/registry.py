@@ -1,0 +1,109 @@
+"""The two registries: methods, and the node kinds that structures are made of.
+
+Everything that enumerates methods (the command line, the configs, the contract tests) reads from here, so
+a new method costs its own file and nothing else. Third parties add theirs by decorator or through the
+entry-point group ``lowrank_ft.methods``, whose entries name a module to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from lowrank_ft.errors import RegistryError, did_you_mean
+
+if TYPE_CHECKING:
+    from lowrank_ft.manifest import Node
+    from lowrank_ft.methods.base import Method
+
+T = TypeVar("T")
+MethodT = TypeVar("MethodT", bound="type[Method[Any]]")
+NodeT = TypeVar("NodeT", bound="type[Node]")
+
+ENTRY_POINT_GROUP = "lowrank_ft.methods"
+
+
+class Registry(Generic[T], Mapping[str, T]):
+    """A mapping of names to classes that refuses duplicates and knows the nearest name."""
+
+    def __init__(self, what: str, populate: Callable[[], None]) -> None:
+        self._what = what
+        self._populate = populate
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> None:
+        """Register ``entry`` under ``name``.
+
+        Raises:
+            RegistryError: the name is taken by something else.
+        """
+        taken = self._entries.get(name)
+        if taken is not None and taken is not entry:
+            raise RegistryError(f"{self._what} {name!r} is registered twice: by {taken!r} and by {entry!r}.")
+        self._entries[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Forget ``name`` (for tests and interactive redefinition)."""
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            self._populate()
+        try:
+            return self._entries[name]
+        except KeyError:
+            known = ", ".join(sorted(self._entries))
+            raise RegistryError(
+                f"There is no {self._what} {name!r}.{did_you_mean(name, self._entries)} Known: {known}."
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        self._populate()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        self._populate()
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        self._populate()
+        return len(self._entries)
+
+
+def _import_methods() -> None:
+    """Import every built-in method file and every installed third-party one; a failure raises."""
+    package = importlib.import_module("lowrank_ft.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"lowrank_ft.methods.{module.name}")
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _load_entry_point(entry)
+
+
+def _load_entry_point(entry: EntryPoint) -> None:
+    try:
+        entry.load()
+    except Exception as error:
+        owner = f" of the package {entry.dist.name!r}" if entry.dist else ""
+        raise RegistryError(
+            f"The method plugin {entry.name!r}{owner} ({entry.value}) failed to import: "
+            f"{type(error).__name__}: {error}. Fix or uninstall it."
+        ) from error
+
+
+methods: Registry[type[Method[Any]]] = Registry("method", _import_methods)
+nodes: Registry[type[Node]] = Registry("node kind", _import_methods)
+
+
+def register_method(cls: MethodT) -> MethodT:
+    """Class decorator: make a :class:`~lowrank_ft.methods.base.Method` known by its ``name``."""
+    methods.add(cls.name, cls)
+    return cls
+
+
+def register_node(cls: NodeT) -> NodeT:
+    """Class decorator: make a :class:`~lowrank_ft.manifest.Node` known by its ``kind``."""
+    nodes.add(cls.kind, cls)
+    return cls

@@ -1,0 +1,236 @@
+"""Which layers a method acts on: names, globs, regular expressions, ``"all-linear"``."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from lowrank_ft import layouts
+from lowrank_ft.errors import TargetError, did_you_mean
+from lowrank_ft.modules.host import Host
+from lowrank_ft.modules.layer import Layer, find_layer, layer_of
+
+T = TypeVar("T")
+
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    "all-linear": ("linear", "transposed-linear"),
+    "all-conv": ("conv",),
+    "all-embedding": ("embedding",),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place a method acts on: a layer, or a coupled group such as an MLP.
+
+    Attributes:
+        names: module names, as the stock model has them.
+        modules: the modules themselves, in the same order.
+        role: what the model family calls this part (``layouts.ROLES``).
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    role: str
+
+
+def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of ``model`` by the names they have in the stock model.
+
+    Hosts of adapters are looked through: their name leads to their base. The root is left out.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if isinstance(module, Host):
+            module = module.base
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if name:
+            found[name] = module
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return found
+
+
+def select(
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    layers: int | Sequence[int] | None = None,
+) -> list[Site]:
+    r"""Return one site for each layer that ``targets`` match, in module order.
+
+    A target is a keyword (``"all-linear"``, ``"all-conv"``, ``"all-embedding"``; these never reach into
+    the head), a name or the end of one (``"q_proj"``, ``"self_attn.q_proj"``), a glob on the full name
+    (``"*.layers.1?.mlp.*"``), or a regular expression for the full name (``"re:.*\.(q|v)_proj"``).
+
+    Args:
+        model: any module; adapters on it are looked through.
+        targets: one target or several; a layer is taken if any matches.
+        exclude: patterns of layers to leave out.
+        layers: block indices to keep (the first number in the name); negative ones count from the end.
+
+    Raises:
+        TargetError: a pattern that matches nothing, with the nearest names; a target that is not a layer
+            which can be adapted; block indices that do not exist; nothing left.
+    """
+    modules = stock_modules(model)
+    read_directly = _read_directly(modules)
+    heads = layouts.head_names(model)
+    names: set[str] = set()
+    for target in _as_tuple(targets):
+        names |= _matches(target, modules, heads, read_directly)
+    for pattern in _as_tuple(exclude):
+        names -= _excluded(pattern, modules)
+    if layers is not None:
+        names = _in_blocks(names, (layers,) if isinstance(layers, int) else layers)
+    if not names:
+        raise TargetError(f"targets={targets!r} with exclude={exclude!r} leaves no layer to act on.")
+    return [
+        Site((name,), (module,), layouts.role_of(name, module))
+        for name, module in modules.items()
+        if name in names
+    ]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name, name ending, glob, or ``re:`` expression matches a full module name."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """Return the value of the first pattern that matches ``name``."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+
+
+def check_patterns(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
+    """Raise ``TargetError`` for the first pattern that matches none of ``names``."""
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            raise TargetError(
+                f"{what} {pattern!r} matches none of the targeted layers. {_nearest(pattern, names)}"
+            )
+
+
+def find_modules(model: nn.Module, patterns: Sequence[str], what: str) -> dict[str, nn.Module]:
+    """Return the outermost modules (not only layers) that patterns match.
+
+    Raises:
+        TargetError: a pattern that matches nothing.
+    """
+    modules = stock_modules(model)
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        hits = {n: m for n, m in modules.items() if matches(pattern, n)}
+        if not hits:
+            raise TargetError(f"{what} {pattern!r} matches no module. {_nearest(pattern, list(modules))}")
+        found.update(hits)
+    return {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+
+
+def _matches(
+    target: str, modules: Mapping[str, nn.Module], heads: frozenset[str], read_directly: frozenset[str]
+) -> set[str]:
+    if target in KEYWORDS:
+        return _keyword(target, modules, heads, read_directly)
+    if target.startswith("all-"):
+        raise TargetError(f"There is no target keyword {target!r}.{did_you_mean(target, KEYWORDS)}")
+    hits = {name for name in modules if _guarded(matches, target, name)}
+    adaptable = {name for name in hits if find_layer(modules[name]) is not None}
+    exact = not target.startswith("re:") and not any(c in target for c in "*?[")
+    if not hits or (not adaptable and not exact):
+        layers = [name for name, module in modules.items() if find_layer(module) is not None]
+        raise TargetError(f"The target {target!r} matches no layer. {_nearest(target, layers)}")
+    if exact:  # a plain name must mean layers; a glob may run over other modules
+        for name in sorted(hits):
+            layer_of(modules[name], name)
+    for name in sorted(adaptable & read_directly):
+        raise TargetError(
+            f"{name} is read by its nn.MultiheadAttention without being called, so an adapter on it would "
+            f"have no effect. Exclude it."
+        )
+    return adaptable
+
+
+def _keyword(
+    target: str, modules: Mapping[str, nn.Module], heads: frozenset[str], read_directly: frozenset[str]
+) -> set[str]:
+    kinds = KEYWORDS[target]
+    layers: dict[str, Layer] = {n: v for n, m in modules.items() if (v := find_layer(m)) is not None}
+    hits = {name for name, layer in layers.items() if layer.kind in kinds}
+    kept = {n for n in hits if not _is_inside(n, heads)} - read_directly
+    if not kept:
+        counts = {
+            k: sum(v.kind in KEYWORDS[k] and not _is_inside(n, heads) for n, v in layers.items())
+            for k in KEYWORDS
+        }
+        others = (
+            ", ".join(f"{k!r} would match {count}" for k, count in counts.items() if count)
+            or "no keyword would"
+        )
+        left_out = f" {sorted(hits)} belong to the head: name them to adapt them." if hits else ""
+        raise TargetError(f"{target!r} matches no layer of this model ({others}).{left_out}")
+    return kept
+
+
+def _excluded(pattern: str, modules: Mapping[str, nn.Module]) -> set[str]:
+    if pattern in KEYWORDS:
+        return {n for n, m in modules.items() if (v := find_layer(m)) and v.kind in KEYWORDS[pattern]}
+    hits = [name for name in modules if _guarded(matches, pattern, name)]
+    if not hits:
+        raise TargetError(f"exclude={pattern!r} matches no module. {_nearest(pattern, list(modules))}")
+    return {name for name in modules if _is_inside(name, hits)}
+
+
+def _in_blocks(names: set[str], layers: Sequence[int]) -> set[str]:
+    present = {index for name in names if (index := layouts.block_index(name)) is not None}
+    count = max(present, default=-1) + 1
+    wanted = {index + count if index < 0 else index for index in layers}
+    missing = sorted(wanted - present)
+    if missing or not wanted:
+        raise TargetError(
+            f"layers={list(layers)} asks for blocks {missing}, but the targets lie in {sorted(present)}."
+        )
+    return {name for name in names if layouts.block_index(name) in wanted}
+
+
+def _read_directly(modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Layers whose weight a parent reads instead of calling them."""
+    return frozenset(f"{n}.out_proj" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+
+
+def _is_inside(name: str, containers: Iterable[str]) -> bool:
+    return any(name == c or name.startswith(f"{c}.") for c in containers)
+
+
+def _guarded(test: Callable[[str, str], bool], pattern: str, name: str) -> bool:
+    try:
+        return test(pattern, name)
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is not a regular expression: {error}.") from None
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    """Say which names come closest, and what the layers are called here."""
+    endings = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+    close = did_you_mean(pattern, endings) or did_you_mean(pattern, names)
+    shown = ", ".join(endings[:20]) + (", …" if len(endings) > 20 else "")
+    return f"{close} Names here end in: {shown}.".strip()
+
+
+def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)

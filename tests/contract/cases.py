@@ -1,0 +1,75 @@
+"""The matrix: every registered method, in its variants, on every tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import lowrank_ft
+from lowrank_ft.methods.base import LowRankConfig
+from lowrank_ft.registry import methods
+from tests.tiny import TINY, Tiny, perturb
+
+# Options worth a row of their own. A method without an entry is tested with its defaults.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {
+        "rslora": {"scaling": "rslora", "alpha": 3.0},
+        "dropout": {"dropout": 0.3},
+        "gaussian": {"init": "gaussian"},
+        "orthogonal": {"init": "orthogonal"},
+        "pissa": {"init": "pissa"},
+        "olora": {"init": "olora"},
+        "dora": {"dora": True},
+        "dora-pissa": {"dora": True, "init": "pissa", "alpha": 5.0},
+    }
+}
+VARIANT_MODELS = ("llama", "gpt2", "resnet")
+
+
+@dataclass(frozen=True)
+class Case:
+    method: str
+    model: str
+    variant: str = "default"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.variant}-{self.model}"
+
+    @property
+    def tiny(self) -> Tiny:
+        return TINY[self.model]
+
+    def targets(self) -> Any:
+        if self.options.get("dropout"):  # token ids cannot be dropped
+            return "all-conv" if self.model == "resnet" else "all-linear"
+        return self.tiny.targets
+
+    def wrap(self, model: nn.Module, name: str = "default", **more: Any) -> nn.Module:
+        return lowrank_ft.wrap(
+            model, self.method, name=name, targets=self.targets(), **{**self.options, **more}
+        )
+
+    def wrapped(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Module:
+        return self.wrap(self.tiny.model(dtype), name)
+
+    def trained(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Module:
+        return perturb(self.wrapped(dtype, name))
+
+
+def _options(method: str) -> dict[str, Any]:
+    return {"rank": 2} if issubclass(methods[method].Config, LowRankConfig) else {}
+
+
+def cases_of(method: str) -> list[Case]:
+    small = _options(method)
+    rows = [Case(method, model, options=small) for model in TINY]
+    for variant, options in VARIANTS.get(method, {}).items():
+        rows += [Case(method, model, variant, {**small, **options}) for model in VARIANT_MODELS]
+    return rows
+
+
+CASES = [case for method in methods for case in cases_of(method)]
