@@ -15,9 +15,11 @@ import wrapt
 from lowrank_ft._version import __version__
 
 if TYPE_CHECKING:
+    from lowrank_ft.algorithms.lora import LoRA
     from lowrank_ft.checkpoint import export, load, save
     from lowrank_ft.engine import delete_adapter, disable, merge, set_adapter, unload, unmerge, wrap
-    from lowrank_ft.methods.lora import LoRA
+    from lowrank_ft.reporting import methods, report
+    from lowrank_ft.training import AdapterCheckpoint, StopOnNonFinite
 
 _WHERE = {
     "wrap": "engine",
@@ -30,12 +32,17 @@ _WHERE = {
     "save": "checkpoint",
     "load": "checkpoint",
     "export": "checkpoint",
-    "LoRA": "methods.lora",
+    "report": "reporting",
+    "methods": "reporting",
+    "AdapterCheckpoint": "training",
+    "StopOnNonFinite": "training",
+    "LoRA": "algorithms.lora",
 }
 
 __all__ = [  # noqa: RUF022
     "wrap", "set_adapter", "disable", "delete_adapter", "merge", "unmerge", "unload",
-    "save", "load", "export",
+    "save", "load", "export", "report", "methods",
+    "AdapterCheckpoint", "StopOnNonFinite",
     "LoRA",
     "__version__",
 ]  # fmt: skip

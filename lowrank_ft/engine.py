@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lowrank_ft import config as configs
 from lowrank_ft import registry, sites
+from lowrank_ft.algorithms.base import AdapterConfig, Family, Method, MethodConfig
 from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetError, did_you_mean
 from lowrank_ft.manifest import Node, describe, replacements, to_json
-from lowrank_ft.methods.base import AdapterConfig, Family, Method, MethodConfig
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.host import Host
@@ -181,7 +181,7 @@ def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> Mod
     if state.merged is not None:
         if reversible:
             raise StateError("The model is merged already. unmerge() it first, or merge(reversible=False).")
-        state.merged = None
+        _forget(model)
         return model
     found = hosts(model)
     idle = [name for name in adapter_names(model) if not any(name in h.active for h in found.values())]
@@ -270,7 +270,7 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Tied tensors come under each of their names; adapters and markers are left out.
     """
-    found = hosts(model)
+    found = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Host)}
     tensors: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         host = next((name for name in _prefixes(key) if name in found), None)
@@ -284,6 +284,14 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _prefixes(key: str) -> Iterator[str]:
     parts = key.split(".")
     return (".".join(parts[:n]) for n in range(1, len(parts)))
+
+
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Return the keys of ``state_dict`` that no adapter owns: the base, which training leaves as it is."""
+    found = hosts(model)
+    base = tuple(f"{name}.base." for name in found)
+    owned = tuple(f"{name}." for name in found)
+    return {key for key in model.state_dict() if key.startswith(base) or not key.startswith(owned)}
 
 
 def state_of(model: nn.Module) -> State:
@@ -575,11 +583,14 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
 def _check_ties(model: nn.Module, found: Mapping[str, Host], untie: bool) -> None:
     """Refuse to merge into a weight that other modules use."""
     ties = _shared_weights(model)
+    own: dict[int, set[str]] = {}  # one module can have several names, which is no tie
+    for name, module in model.named_modules(remove_duplicate=False):
+        own.setdefault(id(module), set()).add(f"{name}.weight")
     for name, host in found.items():
         weight = host.base._parameters.get("weight")
         if not isinstance(host, Adapted) or not host.active or weight is None:
             continue
-        others = [other for other in ties.get(id(weight), ()) if other != f"{name}.weight"]
+        others = [other for other in ties.get(id(weight), ()) if other not in own[id(host)]]
         if others and not untie:
             raise StateError(
                 f"The weight of {name} is shared with {others[0]}, so merging would break the tie. "

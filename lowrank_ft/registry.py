@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from lowrank_ft.errors import RegistryError, did_you_mean
 
 if TYPE_CHECKING:
+    from lowrank_ft.algorithms.base import Method
     from lowrank_ft.manifest import Node
-    from lowrank_ft.methods.base import Method
 
 T = TypeVar("T")
 MethodT = TypeVar("MethodT", bound="type[Method[Any]]")
@@ -75,9 +75,9 @@ class Registry(Generic[T], Mapping[str, T]):
 
 def _import_methods() -> None:
     """Import every built-in method file and every installed third-party one; a failure raises."""
-    package = importlib.import_module("lowrank_ft.methods")
+    package = importlib.import_module("lowrank_ft.algorithms")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"lowrank_ft.methods.{module.name}")
+        importlib.import_module(f"lowrank_ft.algorithms.{module.name}")
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         _load_entry_point(entry)
 
@@ -98,7 +98,7 @@ nodes: Registry[type[Node]] = Registry("node kind", _import_methods)
 
 
 def register_method(cls: MethodT) -> MethodT:
-    """Class decorator: make a :class:`~lowrank_ft.methods.base.Method` known by its ``name``."""
+    """Class decorator: make a :class:`~lowrank_ft.algorithms.base.Method` known by its ``name``."""
     methods.add(cls.name, cls)
     return cls
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lowrank_ft import engine
-from lowrank_ft.checkpoint import native, peft
+from lowrank_ft.checkpoint import files, native, peft
 from lowrank_ft.errors import ConfigError, StateError, did_you_mean
 from lowrank_ft.manifest import replacements
 from lowrank_ft.modules.host import Host
@@ -98,8 +98,21 @@ def export(model: nn.Module, dir: str | Path, format: str = "peft", *, tokenizer
         ConfigError: an unknown format.
         StateError: the model has nothing that this format could hold; the message says what.
     """
-    if format not in FORMATS:
-        raise ConfigError(
-            f"There is no export format {format!r}.{did_you_mean(format, FORMATS)} Known: {list(FORMATS)}."
-        )
+    check_format(format)
     FORMATS[format](model, Path(dir), tokenizer)
+
+
+def check_format(format: str) -> None:
+    """Raise ``ConfigError`` for a format that :func:`export` does not know."""
+    if format not in FORMATS:
+        hint = did_you_mean(format, FORMATS)
+        raise ConfigError(f"There is no export format {format!r}.{hint} Known: {list(FORMATS)}.")
+
+
+def base_class(dir: Path) -> str | None:
+    """Return the class of the model that a checkpoint was made for; None for PEFT's, which do not say.
+
+    Raises:
+        CheckpointError: the directory is damaged or not a checkpoint.
+    """
+    return None if peft.is_adapter(dir) else str(files.read_index(dir)["base"]["class"])

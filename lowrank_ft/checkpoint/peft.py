@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowrank_ft import engine, sites
+from lowrank_ft import engine, layouts, sites
+from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, Scaling
 from lowrank_ft.checkpoint import card, files
 from lowrank_ft.errors import CheckpointError, StateError
 from lowrank_ft.manifest import Node
-from lowrank_ft.methods.lora import LoRADelta, LoRANode, Scaling
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.layer import Layer, layer_of
@@ -175,6 +175,8 @@ def _config(model: nn.Module, layers: Mapping[str, _Exported], saved: list[str])
             raise StateError(f"PEFT has one setting of {flag} for an adapter, but the layers differ in it.")
     _check_suffixes(model, saved)
     task = next((t for ending, t in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+    if task in ("SEQ_CLS", "TOKEN_CLS") and not layouts.head_names(model) & set(saved):
+        task = None  # PEFT would look for a trained head in the checkpoint
     return {
         "peft_type": "LORA",
         "task_type": task,

@@ -94,7 +94,7 @@ def _check_files(model: Any, checkpoint_files: Sequence[str]) -> None:
     missing = sorted(set(wanted) - set(held))
     if missing:
         raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} tensors that its manifest calls for, {missing[0]!r} for one. "
+            f"The checkpoint lacks {len(missing)} tensors that its manifest calls for, {missing[0]!r} first. "
             f"If it was written during training with adapters alone, load() its adapter onto the base model."
         )
     for key, shape in wanted.items():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_ft
-from lowrank_ft.methods.base import LowRankConfig
+from lowrank_ft.algorithms.base import LowRankConfig
 from lowrank_ft.registry import methods
 from tests.tiny import TINY, Tiny, perturb
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import lowrank_ft
 from lowrank_ft import engine
+from lowrank_ft.algorithms.base import Family, LowRankConfig
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
-from lowrank_ft.methods.base import Family, LowRankConfig
 from lowrank_ft.registry import methods
 from tests.contract.cases import CASES, Case
 from tests.tiny import logits, perturb

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft import linalg
+from lowrank_ft.algorithms.base import Family, LowRankConfig, Method, Share, generator_for
 from lowrank_ft.errors import ConfigError, TargetError
-from lowrank_ft.methods.base import Family, LowRankConfig, Method, Share, generator_for
 from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.layer import Layer, layer_of
 from lowrank_ft.registry import register_method, register_node

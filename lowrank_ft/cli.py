@@ -1,0 +1,218 @@
+"""The command line: one thin layer over the library. The options are the configs' own fields and docstrings.
+
+Nothing heavy is imported before a command is chosen, so that ``lowrank-ft --help`` is there at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_ft._version import __version__
+from lowrank_ft.errors import LowRankError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model with an adapter in a form that other tools read."""
+
+    model: str
+    """The base model: a directory, or a name on the hub."""
+    adapter: str
+    """The adapter's directory, ours or PEFT's."""
+    output: str
+    """Directory to write."""
+    format: str = "peft"
+    """"peft" (a LoRA for the unmodified base) or "dense" (the whole model, adapter folded in)."""
+    dtype: str = "auto"
+    """"auto" (as saved), "float32", "bfloat16" or "float16"."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Fold an adapter into its base model and write the whole: a stock model that serves anywhere."""
+
+    model: str
+    """The base model: a directory, or a name on the hub."""
+    adapter: str
+    """The adapter's directory, ours or PEFT's."""
+    output: str
+    """Directory to write."""
+    dtype: str = "auto"
+    """"auto" (as saved), "float32", "bfloat16" or "float16"."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Say what is in a checkpoint, without loading a model."""
+
+    directory: str
+    """What :func:`lowrank_ft.save` wrote."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``lowrank-ft`` with the given arguments, those of the process by default."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if args[0] == "--version":
+        print(__version__)
+        return
+    command = COMMANDS.get(args[0])
+    if command is None:
+        hint = did_you_mean(args[0], COMMANDS)
+        sys.exit(f"lowrank-ft: there is no command {args[0]!r}.{hint} See lowrank-ft --help.")
+    try:
+        command.run(args[1:])
+    except LowRankError as error:
+        sys.exit(f"lowrank-ft {args[0]}: {error}")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"usage: lowrank-ft COMMAND [options]\n\n{lines}\n\n"
+        f"lowrank-ft COMMAND --help lists a command's options. Several processes: accelerate launch "
+        f"recipes/finetune.py …"
+    )
+
+
+# Commands ---------------------------------------------------------------------------------------------------
+
+
+def _finetune(args: Sequence[str]) -> None:
+    from lowrank_ft import training
+
+    training.finetune(parse(training.FinetuneConfig, args, "finetune"))
+
+
+def _evaluate(args: Sequence[str]) -> None:
+    from lowrank_ft import evaluation
+
+    evaluation.evaluate(parse(evaluation.EvaluateConfig, args, "evaluate"))
+
+
+def _export(args: Sequence[str]) -> None:
+    config = parse(ExportConfig, args, "export")
+    _write(config.model, config.adapter, config.output, config.format, config.dtype)
+
+
+def _merge(args: Sequence[str]) -> None:
+    config = parse(MergeConfig, args, "merge")
+    _write(config.model, config.adapter, config.output, "dense", config.dtype)
+
+
+def _write(model: str, adapter: str, output: str, format: str, dtype: str) -> None:
+    from lowrank_ft import checkpoint, models
+
+    checkpoint.check_format(format)
+    loaded, tokenizer = models.load_any(model, adapter, dtype)
+    checkpoint.export(loaded, output, format, tokenizer=tokenizer)
+    size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
+    print(f"Wrote {output} ({format}, {size:,} bytes).")
+
+
+def _inspect(args: Sequence[str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    from lowrank_ft import reporting
+
+    config = parse(InspectConfig, args, "inspect", positional=("directory",))
+    content = reporting.report(config.directory)
+    print(json.dumps(asdict(content), indent=1) if config.json else content)
+
+
+def _methods(args: Sequence[str]) -> None:
+    from tabulate import tabulate
+
+    from lowrank_ft import reporting
+
+    if args:
+        sys.exit("usage: lowrank-ft methods")
+    print(tabulate(reporting.methods().items(), ("method", "what it is"), "github"))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it does, and the function that does it."""
+
+    summary: str
+    run: Callable[[Sequence[str]], None]
+
+
+COMMANDS = {
+    "finetune": Command("train an adapter on text, chats or labelled examples", _finetune),
+    "evaluate": Command("measure perplexity, or lm-eval tasks", _evaluate),
+    "merge": Command("fold an adapter into its base model", _merge),
+    "export": Command("write an adapter for PEFT, or a whole model for everything else", _export),
+    "inspect": Command("say what is in a checkpoint", _inspect),
+    "methods": Command("list the methods", _methods),
+}
+
+
+# Parsing ----------------------------------------------------------------------------------------------------
+
+
+def parse(cls: type[Any], args: Sequence[str], command: str, positional: Sequence[str] = ()) -> Any:
+    """Return a config from ``--config FILE.yaml`` and dotted overrides such as ``--method.rank 8``.
+
+    A field ``method`` takes the options of the method that ``method.name`` names, LoRA's by default.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=f"lowrank-ft {command}", description=cls.__doc__)
+    has_method = "method" in cls.__dataclass_fields__
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    for name in positional:
+        parser.add_argument(name, type=str)
+    parser.add_class_arguments(
+        cls, skip={*positional, *({"method"} if has_method else ())}, fail_untyped=False
+    )
+    if has_method:
+        method = _method_config(args)
+        parser.add_argument("--method.name", default=method.name, help="The method.")
+        parser.add_class_arguments(method.Config, "method")
+    found = parser.parse_args(list(args))
+    if has_method:
+        found.method.pop("name")
+    values = vars(parser.instantiate(found))
+    values.pop("config", None)
+    return cls(**values)
+
+
+def _method_config(args: Sequence[str]) -> Any:
+    """Find which method is meant before its options can be parsed."""
+    import yaml
+
+    from lowrank_ft import registry
+
+    name = "lora"
+    given = dict(_options(args))
+    for key in ("config", "method"):  # a recipe's file, then a method's own, then the command line
+        if key in given and Path(given[key]).is_file():
+            content = yaml.safe_load(Path(given[key]).read_text(encoding="utf-8")) or {}
+            section = content.get("method", {}) if key == "config" else content
+            name = section.get("name", name)
+    return registry.methods[given.get("method.name", name)]
+
+
+def _options(args: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for i, arg in enumerate(args):
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            pairs.append((key, value if equals else (args[i + 1] if i + 1 < len(args) else "")))
+    return pairs
+
+
+if __name__ == "__main__":
+    main()

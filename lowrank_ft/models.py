@@ -1,0 +1,108 @@
+"""Loading models and tokenizers for the recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_ft import checkpoint
+from lowrank_ft.errors import CheckpointError, ConfigError, did_you_mean
+
+_DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def dtype_of(name: str) -> Any:
+    """Return the torch dtype of a config's name, or "auto".
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not one of {list(_DTYPES)}.{did_you_mean(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of a config's name; "auto" is the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Return a tokenizer that can pad (with the end-of-text token where it has no padding token)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(path: str, dtype: str, device: str, adapter: str | None = None) -> tuple[nn.Module, Any]:
+    """Return a causal language model, with an adapter on it if asked, and its tokenizer.
+
+    Raises:
+        ConfigError: a local path that is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_path(path)
+    tokenizer = load_tokenizer(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(dtype))
+    if adapter is not None:
+        checkpoint.load(model, adapter)
+    return model.to(device_of(device)), tokenizer
+
+
+def load_classifier(path: str, dtype: str, classes: list[Any], pad_token_id: int) -> nn.Module:
+    """Return a sequence classifier with one output a class, its head new where the model has none."""
+    from transformers import AutoModelForSequenceClassification
+
+    check_path(path)
+    names = {i: str(label) for i, label in enumerate(classes)}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        dtype=dtype_of(dtype),
+        num_labels=len(classes),
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )
+    model.config.pad_token_id = pad_token_id
+    return model  # type: ignore[no-any-return]
+
+
+def check_path(path: str) -> None:
+    """Raise ``ConfigError`` for what looks like a local directory and is not there."""
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"There is no model at {path}.")
+
+
+def load_any(path: str, adapter: str, dtype: str) -> tuple[nn.Module, Any]:
+    """Return the base model that an adapter was made for, with the adapter on it, and a tokenizer if any.
+
+    Raises:
+        ConfigError: a local path that is not there.
+        CheckpointError: the adapter was made for a class that transformers does not have.
+    """
+    import transformers
+
+    check_path(path)
+    name = checkpoint.base_class(Path(adapter)) or "AutoModelForCausalLM"
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CheckpointError(f"The adapter was made for a {name}, which transformers does not have.")
+    model = cls.from_pretrained(path, dtype=dtype_of(dtype))
+    checkpoint.load(model, adapter)
+    try:
+        return model, load_tokenizer(path)
+    except (OSError, ValueError):
+        return model, None  # vision models have none

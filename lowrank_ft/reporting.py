@@ -1,0 +1,213 @@
+"""What is in a model or a checkpoint, in numbers, tables and plots."""
+
+from __future__ import annotations
+
+import inspect
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from lowrank_ft import engine, layouts, manifest, registry
+from lowrank_ft.checkpoint import files, native
+from lowrank_ft.errors import CheckpointError
+from lowrank_ft.modules.adapted import AdaptedNode
+from lowrank_ft.modules.copied import CopiedNode
+
+ADAPTER_FILES = (native.ADAPTER_FILE, files.INDEX)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One replaced module.
+
+    Attributes:
+        module: its name.
+        role: its part in the model's family.
+        kind: kind of its node.
+        parts: what each adapter has there, ``{"default": "lora r=16"}``.
+        parameters: numbers those parts hold; None where only a checkpoint is at hand.
+    """
+
+    module: str
+    role: str
+    kind: str
+    parts: dict[str, str]
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What stands in a model or a checkpoint.
+
+    Attributes:
+        source: class of the model, or the directory.
+        base: what identifies the base model (empty for a live model).
+        adapters: for each adapter, the method and options that made it.
+        active: the adapters in force.
+        total_parameters: numbers in the model, adapters included; None for a checkpoint.
+        trainable_parameters: of those, the trained ones.
+        adapter_parameters: numbers in the adapters.
+        bytes: size of the adapters in memory, or of the checkpoint's files.
+        rows: the replaced modules.
+    """
+
+    source: str
+    base: dict[str, Any]
+    adapters: dict[str, dict[str, Any]]
+    active: list[str]
+    total_parameters: int | None
+    trainable_parameters: int | None
+    adapter_parameters: int
+    bytes: int
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def report(target: nn.Module | str | Path) -> Report:
+    """Return a report of a live model, or of a checkpoint directory without loading a model.
+
+    Raises:
+        CheckpointError: a directory that is damaged or not ours.
+    """
+    return _of_model(target) if isinstance(target, nn.Module) else _of_directory(Path(target))
+
+
+def methods() -> dict[str, str]:
+    """Return the registered methods by name, each with one line on what it is."""
+    return {name: inspect.getdoc(cls.Config).split("\n")[0] for name, cls in registry.methods.items()}  # type: ignore[union-attr]
+
+
+def _of_model(model: nn.Module) -> Report:
+    found = engine.hosts(model)
+    modules = dict(model.named_modules())
+    parts = [p for host in found.values() for part in host.parts.values() for p in part.parameters()]
+    rows = [
+        Row(
+            name,
+            layouts.role_of(name, modules[name]),
+            host.structure().kind,
+            _describe(host.structure()),
+            sum(p.numel() for p in host.parts.parameters()),
+        )
+        for name, host in found.items()
+    ]
+    return Report(
+        source=type(model).__name__,
+        base={},
+        adapters=dict(engine.state_of(model).recipes) if found else {},
+        active=list(engine.active_adapters(model)),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        adapter_parameters=sum(p.numel() for p in parts),
+        bytes=sum(p.numel() * p.element_size() for p in parts),
+        rows=rows,
+    )
+
+
+def _of_directory(directory: Path) -> Report:
+    from safetensors import safe_open
+
+    index = files.read_index(directory)
+    structure = manifest.from_json(index.get("manifest", []))
+    rows = [
+        Row(name, layouts.role_of(name, nn.Identity()), node.kind, _describe(node), None)
+        for name, node in structure.items()
+    ]
+    count = 0
+    for name in index["files"]:
+        if name.endswith(".safetensors"):
+            with safe_open(directory / name, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    count += torch.Size(tensors.get_slice(key).get_shape()).numel()
+    return Report(
+        source=str(directory),
+        base=dict(index.get("base", {})),
+        adapters=dict(index.get("adapters", {})),
+        active=list(index.get("active", [])),
+        total_parameters=None,
+        trainable_parameters=None,
+        adapter_parameters=count,
+        bytes=sum(facts["bytes"] for facts in index["files"].values()),
+        rows=rows,
+    )
+
+
+def _describe(node: manifest.Node) -> dict[str, str]:
+    if isinstance(node, AdaptedNode):
+        parts: Mapping[str, manifest.Node] = node.deltas
+    elif isinstance(node, CopiedNode):
+        parts = node.copies
+    else:
+        raise CheckpointError(f"Nodes of kind {node.kind!r} cannot be reported.")
+    return {
+        name: part.kind + (f" r={part.rank}" if hasattr(part, "rank") else "") for name, part in parts.items()
+    }
+
+
+def render(content: Report) -> str:
+    """Return a report as text: the facts, then one line for each kind of replaced module."""
+    facts: list[tuple[str, Any]] = [("source", content.source)]
+    facts += [(f"base {key}", value) for key, value in content.base.items() if value and key != "structure"]
+    for name, recipe in content.adapters.items():
+        options = ", ".join(
+            f"{k}={v}" for k, v in recipe.get("options", {}).items() if v not in (None, [], {})
+        )
+        mark = " (active)" if name in content.active else ""
+        facts.append((f"adapter {name}{mark}", f"{recipe.get('method', 'unknown')}: {options}"))
+    if content.total_parameters is not None:
+        facts.append(("parameters", f"{content.total_parameters:,}"))
+        facts.append(("trainable", f"{content.trainable_parameters:,}"))
+    facts.append(("stored numbers", f"{content.adapter_parameters:,}"))
+    facts.append(("bytes", f"{content.bytes:,}"))
+    text = tabulate(facts, ("fact", "value"), "github", disable_numparse=True)
+    if not content.rows:
+        return text
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in content.rows:
+        parts = ", ".join(f"{n}: {p}" for n, p in row.parts.items())
+        groups.setdefault((row.module.rpartition(".")[2], row.role, f"{row.kind} ({parts})"), []).append(row)
+    lines = [(len(g), *key, sum(r.parameters or 0 for r in g) or "") for key, g in groups.items()]
+    return text + "\n\n" + tabulate(lines, ("layers", "name", "role", "structure", "parameters"), "github")
+
+
+def plot_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw the learning curve that Trainer logged, training and held-out loss over steps.
+
+    Without matplotlib (the ``plot`` extra) it says so and draws nothing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print("No learning curve: matplotlib is not installed (pip install 'lowrank_ft[plot]').")
+        return
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for key, label in (("loss", "training"), ("eval_loss", "held-out")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak memory so far: of the GPU where one is used, else of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

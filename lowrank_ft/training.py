@@ -1,0 +1,410 @@
+"""Fine-tuning with Trainer: the recipe, and the callbacks that any Trainer can use."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, reporting
+from lowrank_ft.algorithms.base import AdapterConfig, MethodConfig
+from lowrank_ft.algorithms.lora import LoRA
+from lowrank_ft.checkpoint import verify
+from lowrank_ft.data import DataConfig
+from lowrank_ft.errors import ConfigError, NonFiniteError, StateError, did_you_mean
+
+# Callbacks for any Trainer ----------------------------------------------------------------------------------
+
+
+class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
+    """Makes a Trainer's (or SFTTrainer's) checkpoints hold the adapters alone, and resume exactly.
+
+    From the trainer's creation to the end of training, ``checkpoint-*`` directories get the adapters, the
+    optimiser, the scheduler and the random states, but not the frozen base; ``trainer.train(resume_from_
+    checkpoint=True)`` reads them back. Beside Trainer's own files each has an ``adapter`` directory that
+    :func:`lowrank_ft.load` reads. After training, ``save_pretrained`` writes the whole model again.
+    """
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Tell transformers which tensors its checkpoints leave out."""
+        if not engine.hosts(model):
+            raise StateError(
+                "AdapterCheckpoint needs a model with an adapter: wrap() it before the Trainer is made."
+            )
+        model._keys_to_ignore_on_save = sorted(engine.frozen_keys(model))
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Put an adapter directory beside Trainer's files."""
+        if args.should_save:
+            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter"
+            checkpoint.save(model, directory)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Let ``save_pretrained`` write everything again."""
+        model.__dict__.pop("_keys_to_ignore_on_save", None)
+
+
+class StopOnNonFinite(TrainerCallback):  # type: ignore[misc]
+    """Stops training before a NaN or infinite gradient reaches the weights."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check every gradient; one reduction for all.
+
+        Raises:
+            NonFiniteError: naming the first parameter at fault.
+        """
+        if args.fp16:
+            return  # the loss scaler overflows on purpose and skips such steps itself
+        named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        if not named or torch.stack(torch._foreach_norm([g for _, g in named])).isfinite().all():
+            return
+        culprit = next((n for n, g in named if not torch.isfinite(g).all()), named[0][0])
+        raise NonFiniteError(
+            f"The loss became NaN or infinite at step {state.global_step + 1} (seen in the gradient of "
+            f"{culprit}). The weights still hold step {state.global_step}. Lower the learning rate, add "
+            f"warm-up, train in float32, or look at the data of this step."
+        )
+
+
+# The recipe's config ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The names are those of transformers' TrainingArguments."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+    num_train_epochs: float = 1.0
+    """Passes over the training data, where `max_steps` does not say otherwise."""
+    max_steps: int = -1
+    """Optimiser steps; -1 means `num_train_epochs`."""
+    per_device_train_batch_size: int = 4
+    """Sequences of a step on each device."""
+    gradient_accumulation_steps: int = 1
+    """Batches added up before an optimiser step."""
+    per_device_eval_batch_size: int = 4
+    """Sequences of an evaluation batch."""
+    lr_scheduler_type: str = "cosine"
+    """How the learning rate falls."""
+    warmup_steps: float = 0.03
+    """Steps over which it rises first; below 1, the share of all steps."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    bf16: bool = False
+    """Compute in bfloat16 under autocast. With model.dtype=bfloat16 it is not needed."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a block and compute the rest again: less memory, a third more time."""
+    logging_steps: int = 5
+    """Steps between points of the training curve."""
+    eval_steps: int | None = None
+    """Steps between points of the held-out curve; a tenth of the run by default."""
+    save_steps: int | None = None
+    """Steps between checkpoints to resume from; none by default."""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output directory."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Any other field of TrainingArguments."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model."""
+
+    path: str
+    """A directory, or a name on the hub."""
+    dtype: str = "auto"
+    """"auto" (as saved), "float32", "bfloat16" or "float16"."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a model with an adapter, and say what came of it."""
+
+    model: ModelConfig
+    """The base model."""
+    data: DataConfig
+    """The text."""
+    output: str
+    """Directory for the adapter, the report and the checkpoints."""
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    """What is learnt."""
+    method: MethodConfig = field(default_factory=LoRA)
+    """The adapter and its options."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Layers to adapt: "all-linear", names, name endings, globs, "re:…"."""
+    exclude: tuple[str, ...] = ()
+    """Layers to leave out."""
+    layers: tuple[int, ...] | None = None
+    """Indices of the blocks to adapt; all by default."""
+    adapter_name: str = "default"
+    """Name of the adapter."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How to train."""
+    check_reload: bool = True
+    """Load the saved adapter in a fresh process and compare its logits before calling it done."""
+    seed: int = 0
+    """Seed of the data order, dropout and new heads."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What the recipe measured.
+
+    Attributes:
+        before: held-out loss of the base model.
+        after: held-out loss with the trained adapter.
+        steps: optimiser steps.
+        tokens_per_second: training tokens over training time (evaluation and checkpoints left out).
+        train_seconds: that time.
+        peak_memory_bytes: of the process (CPU) or the device (GPU), model included.
+        trainable_parameters: numbers that were trained.
+        total_parameters: numbers in the model, adapter included.
+        adapter_bytes: of the saved adapter directory.
+        reload_difference: largest difference between the model's logits and those of the saved adapter in a
+            fresh process; None where that was not asked for.
+        curve: what Trainer logged.
+    """
+
+    before: evaluation.Loss
+    after: evaluation.Loss
+    steps: int
+    tokens_per_second: float
+    train_seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    reload_difference: float | None
+    curve: list[dict[str, float]]
+
+
+# The recipe -------------------------------------------------------------------------------------------------
+
+
+def finetune(config: FinetuneConfig) -> FinetuneResult:
+    """Run the fine-tuning recipe: load, wrap, measure, train, measure, save, report.
+
+    Writes to ``config.output``: ``adapter/`` (for :func:`lowrank_ft.load`), ``report.json``,
+    ``learning_curve.png``, ``config.yaml`` and Trainer's checkpoints. Under a launcher with several
+    processes the first one writes and prints.
+
+    Raises:
+        ConfigError: bad options, before anything is loaded where that can be known.
+        NonFiniteError: the training diverged; the last checkpoint is intact.
+    """
+    from transformers import Trainer, set_seed
+
+    arguments = training_arguments(config)
+    set_seed(config.seed)
+    model, tokenizer, train_set, eval_set = _prepare(config)
+    collator = data.Collator(tokenizer.pad_token_id)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[clock := _Clock(), AdapterCheckpoint(), StopOnNonFinite()],
+    )
+
+    def measure(what: str) -> evaluation.Loss:
+        size = config.train.per_device_eval_batch_size
+        return evaluation.mean_loss(model, eval_set, collator, size, what)
+
+    with engine.disable(model):
+        before = measure("Held-out loss before")
+    trainer.train(resume_from_checkpoint=True if config.train.resume else None)
+    after = measure("Held-out loss after")
+
+    result = FinetuneResult(
+        before=before,
+        after=after,
+        steps=trainer.state.global_step,
+        tokens_per_second=clock.tokens / max(clock.seconds, 1e-9),
+        train_seconds=clock.seconds,
+        peak_memory_bytes=reporting.peak_memory_bytes(),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        adapter_bytes=0,
+        reload_difference=None,
+        curve=[dict(entry) for entry in trainer.state.log_history],
+    )
+    if arguments.should_save:
+        probe = collator([eval_set[0]])
+        probe.pop("labels")
+        result = _write(config, model, tokenizer, result, probe)
+        print(table(result))
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def training_arguments(config: FinetuneConfig) -> Any:
+    """Return transformers' TrainingArguments for a recipe.
+
+    Raises:
+        ConfigError: a field in ``train.extra`` that they do not have.
+    """
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    for name in config.train.extra:
+        if name not in known:
+            raise ConfigError(f"TrainingArguments has no field {name!r}.{did_you_mean(name, known)}")
+    c = config.train
+    own = {"eval_steps", "save_steps", "resume", "extra", "gradient_checkpointing"}
+    options = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in own}
+    options.update(_checkpointing(known) if c.gradient_checkpointing else {})
+    options.update(
+        output_dir=str(Path(config.output) / "checkpoints"),
+        seed=config.seed,
+        eval_strategy="steps",
+        eval_steps=0.1 if c.eval_steps is None else c.eval_steps,
+        save_strategy="no" if c.save_steps is None else "steps",
+        save_steps=500 if c.save_steps is None else c.save_steps,
+        prediction_loss_only=True,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+    )
+    options.update(config.train.extra)
+    return TrainingArguments(**options)
+
+
+def _checkpointing(known: set[str]) -> dict[str, Any]:
+    """Activation checkpointing under the name that this version of transformers has for it."""
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _prepare(config: FinetuneConfig) -> tuple[nn.Module, Any, Any, Any]:
+    """Load the data and the model, and wrap the model."""
+    models.check_path(config.model.path)
+    train_rows, eval_rows = data.load(config.data, config.seed)
+    tokenizer = models.load_tokenizer(config.model.path)
+    method = config.method
+    if config.task == "causal-lm":
+        model, _ = models.load_causal_lm(config.model.path, config.model.dtype, "cpu")
+        train_set = data.tokenize_for_generation(train_rows, config.data, tokenizer)
+        eval_set = data.tokenize_for_generation(eval_rows, config.data, tokenizer)
+    else:
+        classes = data.classes_of(train_rows, config.data)
+        model = models.load_classifier(config.model.path, config.model.dtype, classes, tokenizer.pad_token_id)
+        train_set = data.tokenize_for_classification(train_rows, config.data, tokenizer, classes)
+        eval_set = data.tokenize_for_classification(eval_rows, config.data, tokenizer, classes)
+        method = _with_head(method, model)
+    if config.data.max_eval_examples is not None:
+        eval_set = eval_set.select(range(min(len(eval_set), config.data.max_eval_examples)))
+    engine.wrap(
+        model,
+        method,
+        name=config.adapter_name,
+        targets=config.targets,
+        exclude=config.exclude,
+        layers=config.layers,
+    )
+    return model, tokenizer, train_set, eval_set
+
+
+def _with_head(method: MethodConfig, model: nn.Module) -> MethodConfig:
+    """Train a classifier's new head in full, as PEFT does."""
+    if not isinstance(method, AdapterConfig):
+        return method
+    heads = sorted(layouts.head_names(model) - set(method.modules_to_save))
+    return dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *heads))
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    """Counts the tokens and the seconds of training steps, and nothing between them."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self._began = 0.0
+        self._earlier = 0  # of the run that is resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._earlier = int(state.num_input_tokens_seen)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.tokens = int(state.num_input_tokens_seen) - self._earlier
+
+
+# What it leaves behind --------------------------------------------------------------------------------------
+
+
+def _write(
+    config: FinetuneConfig, model: nn.Module, tokenizer: Any, result: FinetuneResult, probe: dict[str, Any]
+) -> FinetuneResult:
+    """Save the adapter, prove that it loads, and write the report."""
+    output = Path(config.output)
+    checkpoint.save(model, output / "adapter", tokenizer=tokenizer, figures=dict(rows(result)))
+    size = sum(f.stat().st_size for f in (output / "adapter").iterdir() if f.name in reporting.ADAPTER_FILES)
+    difference = None
+    if config.check_reload:
+        difference = verify.reload_difference(model, config.model.path, output / "adapter", probe)
+    result = dataclasses.replace(result, adapter_bytes=size, reload_difference=difference)
+    facts = dataclasses.asdict(result)
+    (output / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    reporting.plot_curve(result.curve, output / "learning_curve.png")
+    return result
+
+
+def rows(result: FinetuneResult) -> list[tuple[str, str]]:
+    """Return the figures of the closing table."""
+    before, after = result.before, result.after
+    unit = "example" if before.accuracy is not None else "token"
+    lines = [(f"held-out loss (nats/{unit})", f"{before.loss:.4f} → {after.loss:.4f}")]
+    if before.accuracy is not None and after.accuracy is not None:
+        lines.append(("held-out accuracy", f"{before.accuracy:.4f} → {after.accuracy:.4f}"))
+    else:
+        lines.append(("held-out perplexity", f"{before.perplexity:.3f} → {after.perplexity:.3f}"))
+    share = 100 * result.trainable_parameters / result.total_parameters
+    return [
+        *lines,
+        (f"held-out {unit}s", f"{before.count}"),
+        ("steps", f"{result.steps}"),
+        ("training tokens/s", f"{result.tokens_per_second:.0f}"),
+        ("training time", f"{result.train_seconds:.0f} s"),
+        ("peak memory", f"{result.peak_memory_bytes / 2**20:.0f} MiB"),
+        ("trainable parameters", f"{result.trainable_parameters:,} ({share:.3f} %)"),
+        *([("adapter on disk", f"{result.adapter_bytes:,} bytes")] if result.adapter_bytes else []),
+        *(
+            [("reloaded in a fresh process", _reloaded(result))]
+            if result.reload_difference is not None
+            else []
+        ),
+    ]
+
+
+def _reloaded(result: FinetuneResult) -> str:
+    equal = result.reload_difference == 0
+    return "logits equal to the last bit" if equal else f"logits differ by {result.reload_difference:.2e}"
+
+
+def table(result: FinetuneResult) -> str:
+    """Return the recipe's closing table."""
+    from tabulate import tabulate
+
+    return tabulate(rows(result), ("figure", "value"), "github", disable_numparse=True)

