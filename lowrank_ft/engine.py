@@ -131,12 +131,12 @@ def disable(model: nn.Module) -> Iterator[None]:
         raise StateError("There is no adapter on this model to disable.")
     before = [(host, host.active) for host in found.values()]
     for host, _ in before:
-        host.active = ()
+        host.use(())
     try:
         yield
     finally:
         for host, active in before:
-            host.active = active
+            host.use(active)
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:

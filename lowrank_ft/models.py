@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,16 @@ def load_classifier(path: str, dtype: str, classes: list[Any], pad_token_id: int
     from transformers import AutoModelForSequenceClassification
 
     check_path(path)
-    names = {i: str(label) for i, label in enumerate(classes)}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path,
-        dtype=dtype_of(dtype),
-        num_labels=len(classes),
-        id2label=names,
-        label2id={name: i for i, name in names.items()},
-    )
+    labels = label_options({i: str(label) for i, label in enumerate(classes)})
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype_of(dtype), **labels)
     model.config.pad_token_id = pad_token_id
     return model  # type: ignore[no-any-return]
+
+
+def label_options(labels: Mapping[Any, str]) -> dict[str, Any]:
+    """Return ``from_pretrained``'s options for a classifier with these classes."""
+    names = {int(i): name for i, name in labels.items()}
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
 def check_path(path: str) -> None:
@@ -96,11 +97,13 @@ def load_any(path: str, adapter: str, dtype: str) -> tuple[nn.Module, Any]:
     import transformers
 
     check_path(path)
-    name = checkpoint.base_class(Path(adapter)) or "AutoModelForCausalLM"
+    base = checkpoint.base_of(Path(adapter))
+    name = base.get("class", "AutoModelForCausalLM")
     cls = getattr(transformers, name, None)
     if cls is None:
         raise CheckpointError(f"The adapter was made for a {name}, which transformers does not have.")
-    model = cls.from_pretrained(path, dtype=dtype_of(dtype))
+    labels = label_options(base["labels"]) if base.get("labels") else {}
+    model = cls.from_pretrained(path, dtype=dtype_of(dtype), **labels)
     checkpoint.load(model, adapter)
     try:
         return model, load_tokenizer(path)

@@ -278,6 +278,7 @@ def training_arguments(config: FinetuneConfig) -> Any:
         save_strategy="no" if c.save_steps is None else "steps",
         save_steps=500 if c.save_steps is None else c.save_steps,
         prediction_loss_only=True,
+        use_cpu=not torch.accelerator.is_available(),
         logging_nan_inf_filter=False,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -176,7 +176,10 @@ def test_import_is_light_and_works_in_either_order() -> None:
         assert "lowrank_ft" in auto.AUTO_QUANTIZER_MAPPING
     """)
     subprocess.run([sys.executable, "-c", code], check=True)
-    code = "import transformers.quantizers.auto as a, lowrank_ft; assert 'lowrank_ft' in a.AUTO_QUANTIZER_MAPPING"
+    code = textwrap.dedent("""
+        import transformers.quantizers.auto as auto, lowrank_ft
+        assert "lowrank_ft" in auto.AUTO_QUANTIZER_MAPPING
+    """)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

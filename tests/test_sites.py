@@ -91,7 +91,8 @@ def test_a_model_of_convolutions_says_so() -> None:
 def test_rank_and_alpha_patterns() -> None:
     model = lowrank_ft.wrap(
         TINY["llama"].model(), "lora", rank=4, alpha=8.0,
-        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 3, "*.mlp.*": 5}, alpha_pattern={"v_proj": 1.0},
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 3, "*.mlp.*": 5},
+        alpha_pattern={"v_proj": 1.0},
     )  # fmt: skip
     nodes = {n: h.nodes["default"] for n, h in engine.hosts(model).items()}
     assert [nodes[f"model.layers.{i}.self_attn.q_proj"].rank for i in (0, 1)] == [3, 2]
@@ -161,7 +162,7 @@ def test_a_shared_module_is_replaced_everywhere() -> None:
     assert type(net.first) is nn.Linear
 
 
-# What cannot be wrapped ---------------------------------------------------------------------------------------
+# What cannot be wrapped -----------------------------------------------------------------------------------
 
 
 def test_tied_weights_are_refused_under_merge() -> None:

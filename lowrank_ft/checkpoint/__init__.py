@@ -109,10 +109,10 @@ def check_format(format: str) -> None:
         raise ConfigError(f"There is no export format {format!r}.{hint} Known: {list(FORMATS)}.")
 
 
-def base_class(dir: Path) -> str | None:
-    """Return the class of the model that a checkpoint was made for; None for PEFT's, which do not say.
+def base_of(dir: Path) -> dict[str, Any]:
+    """Return what identifies the base of a checkpoint; empty for PEFT's, which do not say.
 
     Raises:
         CheckpointError: the directory is damaged or not a checkpoint.
     """
-    return None if peft.is_adapter(dir) else str(files.read_index(dir)["base"]["class"])
+    return {} if peft.is_adapter(dir) else dict(files.read_index(dir)["base"])

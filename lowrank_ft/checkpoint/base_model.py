@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,18 @@ from lowrank_ft.errors import CheckpointError
 _SAMPLE = 1 << 16  # elements of each tensor that enter the digest one by one
 
 
-def identify(model: nn.Module) -> dict[str, Any]:
-    """Return what identifies the base of a (wrapped or plain) model, as JSON data."""
+def identify(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, Any]:
+    """Return what identifies the base of a (wrapped or plain) model, as JSON data.
+
+    Args:
+        model: the model.
+        replaced: modules that the adapter brings whole. What the base has there does not count: a new
+            classifier's head is drawn at random each time.
+    """
     tensors = engine.stock_tensors(model)
     config = getattr(model, "config", None)
+    inside = tuple(f"{name}." for name in replaced)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
     return {
         "class": type(model).__name__,
@@ -27,13 +35,20 @@ def identify(model: nn.Module) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in {id(t): t for t in tensors.values()}.values()),
         "dtype": "+".join(sorted(dtypes)),
         "structure": structure(tensors),
-        "digest": digest(tensors),
+        "digest": digest(kept),
+        "labels": _labels(type(model).__name__, config),
     }
 
 
-def check(model: nn.Module, expected: Mapping[str, Any]) -> None:
+def _labels(name: str, config: Any) -> dict[str, str] | None:
+    """A classifier's classes: without their number its head cannot be built again."""
+    labels = getattr(config, "id2label", None) if "Classification" in name else None
+    return {str(key): str(value) for key, value in labels.items()} if labels else None
+
+
+def check(model: nn.Module, expected: Mapping[str, Any], replaced: Collection[str] = ()) -> None:
     """Raise ``CheckpointError`` unless the model's base is the one that was recorded."""
-    found = identify(model)
+    found = identify(model, replaced)
     made_for = f"{expected.get('class')} {expected.get('name_or_path') or ''}".strip()
     if found["structure"] != expected.get("structure"):
         raise CheckpointError(

@@ -57,7 +57,7 @@ def save_adapters(
         "content": "adapters",
         "adapters": {name: state.recipes.get(name, {}) for name in names},
         "active": [name for name in engine.active_adapters(model) if name in names],
-        "base": base_model.identify(model),
+        "base": base_model.identify(model, _replaced(structure)),
         "manifest": manifest.to_json(structure),
         "versions": versions(),
     }
@@ -110,6 +110,11 @@ def _restricted(host: Host, names: tuple[str, ...]) -> Node | None:
     return CopiedNode(copies, cast(CopiedNode, node).base) if copies else None
 
 
+def _replaced(structure: Manifest) -> list[str]:
+    """The modules that adapters bring whole."""
+    return [path for path, node in structure.items() if isinstance(node, CopiedNode)]
+
+
 def _refuse_non_finite(packed: Mapping[str, Tensor]) -> None:
     for key, tensor in packed.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -157,7 +162,7 @@ def _load_adapters(
     for target in targets.values():
         engine.check_can_wrap(model, target)
     if check_base:
-        base_model.check(model, index.get("base") or {})
+        base_model.check(model, index.get("base") or {}, _replaced(structure))
     packed = _read(directory / ADAPTER_FILE)
     known = {key.partition(".")[0] for key in packed}
     if known != set(nodes):

@@ -70,7 +70,7 @@ class Adapted(Host):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer with its active adapters."""
-        deltas = [cast(Delta, self.parts[name]) for name in self.active]
+        deltas = cast("tuple[Delta, ...]", self.running)
         if not deltas:
             return cast(Tensor, self.base(x))
         out = self._fused(x, deltas)
@@ -83,7 +83,7 @@ class Adapted(Host):
 
     def merged(self) -> nn.Module:
         """Return a stock layer with the active adapters in its weight, summed in float32, rounded once."""
-        deltas = [self.deltas[name] for name in self.active]
+        deltas = cast("tuple[Delta, ...]", self.running)
         with torch.no_grad():
             weight = self.layer.matrix()
             total = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -94,7 +94,7 @@ class Adapted(Host):
                     total = total * gain.to(total.dtype)[:, None]
             return self.layer.clone_with(total.to(weight.dtype))
 
-    def _fused(self, x: Tensor, deltas: list[Delta]) -> Tensor | None:
+    def _fused(self, x: Tensor, deltas: tuple[Delta, ...]) -> Tensor | None:
         """Run everything in one kernel where the layer is a stock dense one and every update is low-rank."""
         layer, weight, bias = self.layer, self.layer.weight, self.layer.bias
         if layer.kind not in ("linear", "transposed-linear") or not layer.is_stock:
@@ -104,18 +104,18 @@ class Adapted(Host):
         if len(deltas) > 1 and any(delta.drops for delta in deltas):
             return None  # each adapter drops its own input
         forms = [delta.as_lora() for delta in deltas]
-        dtype = _compute_dtype(x)
-        if any(form is None for form in forms) or not _same_after_cast(weight, x):
+        dtype = _compute_dtype(x, weight)
+        if dtype is None or any(form is None for form in forms):
             return None
-        A, B, scale = _joined([cast(LowRankForm, form) for form in forms])
+        A, B, scale = _joined(cast("list[LowRankForm]", forms))
         x = x.to(dtype)
         dropped = deltas[0].drop(x) if deltas[0].drops else None
         return low_rank_linear(
             x,
             weight.to(dtype),
             None if bias is None else bias.to(dtype),
-            A.to(dtype),
-            B.to(dtype),
+            A,
+            B,
             scale,
             transposed=layer.kind == "transposed-linear",
             dropped=dropped,
@@ -139,14 +139,9 @@ def _joined(forms: list[LowRankForm]) -> LowRankForm:
     return LowRankForm(A, B, 1.0)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in: autocast's where it is on, else the input's."""
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype a linear layer would compute in; None where the stock one would refuse."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-def _same_after_cast(weight: Tensor, x: Tensor) -> bool:
-    """Whether weight and input meet in one dtype. Where not, the stock layer gives the stock error."""
-    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return x.dtype if x.dtype == weight.dtype else None

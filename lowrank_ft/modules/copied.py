@@ -77,9 +77,8 @@ class Copied(Host):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active copy, or the base."""
-        module = self.parts[self.active[0]] if self.active else self.base
-        return module(*args, **kwargs)
+        return self.merged()(*args, **kwargs)
 
     def merged(self) -> nn.Module:
         """Return the active copy, or the base."""
-        return self.parts[self.active[0]] if self.active else self.base
+        return self.running[0] if self.running else self.base

@@ -42,8 +42,8 @@ def low_rank_linear(
         x: ``(…, in)``.
         weight: ``(out, in)``, or ``(in, out)`` where ``transposed``. Frozen: it gets no gradient.
         bias: ``(out,)`` or None. Frozen.
-        A: ``(rank, in)``, of the dtype of ``x``.
-        B: ``(out, rank)``, of the dtype of ``x``.
+        A: ``(rank, in)``, of any float dtype; computed with in that of ``x``.
+        B: ``(out, rank)``, likewise.
         scale: factor on the update.
         transposed: the weight is stored as GPT-2 stores it.
         dropped: ``x`` after dropout, which the update then sees in place of ``x``.
@@ -72,9 +72,9 @@ class _LowRankLinear(torch.autograd.Function):
         product: Product | None,
     ) -> Tensor:
         source = x if dropped is None else dropped
+        hidden = source.reshape(-1, source.shape[-1]) @ A.to(x.dtype).T  # first: x is still in the cache
         out = _dense(x, weight, bias, transposed)
-        hidden = F.linear(source.reshape(-1, source.shape[-1]), A)
-        out.view(-1, out.shape[-1]).addmm_(hidden, B.T, alpha=scale)
+        out.view(-1, out.shape[-1]).addmm_(hidden, B.to(x.dtype).T, alpha=scale)
 
         keep = ctx.needs_input_grad[4]  # A's gradient is all that the input is kept for
         kept = product if product is not None else (source,)
@@ -84,25 +84,35 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, A, B, hidden, *kept = ctx.saved_tensors
-        need_x, need_dropped, _, _, need_A, need_B, *_ = ctx.needs_input_grad
-        grad_x = grad_dropped = grad_A = grad_B = None
-        with torch.autocast(grad.device.type, enabled=False):
-            shape, flat = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
-            grad_hidden = (flat @ B).mul_(ctx.scale)
-            if need_x:
-                grad_x = flat @ (weight.T if ctx.transposed else weight)
-                if not ctx.has_dropped:
-                    grad_x.addmm_(grad_hidden, A)
-                grad_x = grad_x.view(*shape, -1)
-            if need_dropped:
-                grad_dropped = (grad_hidden @ A).view(*shape, -1)
-            if need_A:
-                source = kept[0] if len(kept) == 1 else kept[0] * kept[1]
-                grad_A = grad_hidden.T @ source.reshape(-1, source.shape[-1])
-            if need_B:
-                grad_B = (flat.T @ hidden).mul_(ctx.scale)
-        return grad_x, grad_dropped, None, None, grad_A, grad_B, None, None, None
+        if torch.is_autocast_enabled(
+            grad.device.type
+        ):  # called inside its block: all dtypes are chosen already
+            with torch.autocast(grad.device.type, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """One gradient for each argument of ``forward``."""
+    weight, A, B, hidden, *kept = ctx.saved_tensors
+    need_x, need_dropped, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+    grad_x = grad_dropped = grad_A = grad_B = None
+    shape, flat = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
+    # The thin products come first, while the gradient is in the cache; the wide one would evict it.
+    grad_hidden = (flat @ B.to(grad.dtype)).mul_(ctx.scale)
+    if need_B:
+        grad_B = (hidden.T @ flat).mul_(ctx.scale).T.to(B.dtype)
+    if need_A:
+        source = kept[0] if len(kept) == 1 else kept[0] * kept[1]
+        grad_A = (grad_hidden.T @ source.reshape(-1, source.shape[-1])).to(A.dtype)
+    if need_dropped:
+        grad_dropped = (grad_hidden @ A.to(grad.dtype)).view(*shape, -1)
+    if need_x:
+        grad_x = flat @ (weight.T if ctx.transposed else weight)
+        if not ctx.has_dropped:
+            grad_x.addmm_(grad_hidden, A.to(grad.dtype))
+        grad_x = grad_x.view(*shape, -1)
+    return grad_x, grad_dropped, None, None, grad_A, grad_B, None, None, None
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -20,14 +20,18 @@ class Host(Replacement):
         parts: what each adapter put here, by adapter name.
         nodes: the structure of each part.
         active: names of the adapters in force here; the others are kept, frozen and unused.
+        running: their parts.
     """
+
+    active: tuple[str, ...]
+    running: tuple[nn.Module, ...]
 
     def __init__(self, base: nn.Module, like: Tensor | None) -> None:
         super().__init__(like)
         self.base = base
         self.parts = nn.ModuleDict()
         self.nodes: dict[str, Node] = {}
-        self.active: tuple[str, ...] = ()
+        self.use(())
         self.train(base.training)
 
     def attach(self, name: str, node: Node, part: nn.Module) -> None:
@@ -46,9 +50,14 @@ class Host(Replacement):
 
     def activate(self, names: Sequence[str]) -> None:
         """Put those of ``names`` that are hosted here in force; they train, the others do not."""
-        self.active = tuple(name for name in names if name in self.parts)
+        self.use(tuple(name for name in names if name in self.parts))
         for name, part in self.parts.items():
             part.requires_grad_(name in self.active and self.trains(name))
+
+    def use(self, names: tuple[str, ...]) -> None:
+        """Run these adapters from now on, without changing what trains."""
+        self.active = names
+        self.running = tuple(self.parts[name] for name in names)
 
     def trains(self, name: str) -> bool:
         """Whether the part of this adapter is trained when it is active."""

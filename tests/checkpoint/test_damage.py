@@ -220,7 +220,7 @@ def test_adapter_that_is_not_in_the_directory(tmp_path: Path) -> None:
         lowrank_ft.save(model, tmp_path / "one", name="coda")
 
 
-# Saving that fails ------------------------------------------------------------------------------------------
+# Saving that fails ----------------------------------------------------------------------------------------
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -320,7 +320,7 @@ def test_refuses_to_save_what_diverged(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-# from_pretrained --------------------------------------------------------------------------------------------
+# from_pretrained ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "dora": {"rank": 2, "dora": True},
     "pissa": {"rank": 2, "alpha": 6.0, "init": "pissa"},
     "olora": {"rank": 3, "init": "olora"},
-    "patterns": {"rank": 4, "alpha": 2.0, "rank_pattern": {"layers.0.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 9.0}},
+    "patterns": {"rank": 4, "alpha": 2.0, "rank_pattern": {"layers.0.mlp.up_proj": 2},
+                 "alpha_pattern": {"v_proj": 9.0}},
 }  # fmt: skip
 CASES = [(way, "llama") for way in WAYS] + [(way, model) for way in ("plain", "dora") for model in TINY]
 
@@ -131,7 +132,7 @@ def test_a_trained_head_goes_both_ways(tmp_path: Path) -> None:
     assert torch.equal(logits(back, tiny.inputs()), logits(model, tiny.inputs()))
 
 
-# What does not cross ------------------------------------------------------------------------------------------
+# What does not cross --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

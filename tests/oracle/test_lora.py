@@ -208,7 +208,7 @@ def test_dropout_drops_the_updates_input_alone() -> None:
     torch.testing.assert_close(model.eval()(x), base(x) + x @ A.T @ B.T, **EXACT)
 
 
-# Rounding of merged against unmerged --------------------------------------------------------------------
+# Rounding of merged against unmerged ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,0 +1,87 @@
+"""A tiny model and tokenizer on disk, and small files of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import TINY, VOCAB
+
+SENTENCE = "the cat sat on a mat and saw old red dog run far away home now then who is what why not"
+WORDS = SENTENCE.split()
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<user>", "<assistant>", "<system>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    assert len(vocabulary) <= VOCAB
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def sentence(i: int, length: int = 12) -> str:
+    return " ".join(WORDS[(i * 5 + j * (1 + i % 3)) % len(WORDS)] for j in range(length + i % 5))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A tiny Llama, as `save_pretrained` writes it."""
+    directory = tmp_path_factory.mktemp("base")
+    model = TINY["llama"].model()
+    model.config.pad_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("texts")
+    rows = [{"text": sentence(i), "label": "abc"[i * 5 % len(WORDS) % 3]} for i in range(48)]
+    write_jsonl(directory / "train.jsonl", rows[:40])
+    write_jsonl(directory / "heldout.jsonl", rows[40:])
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": sentence(i, 5)},
+                {"role": "assistant", "content": sentence(i + 1, 4)},
+            ]
+        }
+        for i in range(16)
+    ]
+    write_jsonl(directory / "chats.jsonl", chats)
+    pairs = [{"prompt": sentence(i, 4), "completion": sentence(i + 1, 4)} for i in range(16)]
+    write_jsonl(directory / "pairs.jsonl", pairs)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

@@ -1,0 +1,120 @@
+"""SmolLM2-135M with its real weights: what the tiny models promise, held on the real thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lowrank_ft
+from lowrank_ft import engine
+from lowrank_ft.checkpoint import verify
+from tests.tiny import perturb
+
+pytestmark = pytest.mark.real
+
+BASE = Path(__file__).parents[1] / ".cache" / "assets" / "smollm2"
+TEXT = "The Nile is the longest river of Africa, and for most of its length it flows through desert."
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    assert BASE.is_dir(), "the model is not there: run `make assets`"
+    return AutoTokenizer.from_pretrained(BASE)(TEXT, return_tensors="pt")["input_ids"]
+
+
+def base(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype)
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.fixture(scope="module")
+def trained() -> Iterator[nn.Module]:
+    """A LoRA moved as training moves one: 2 % of the logits' scale, not noise that drowns the model."""
+    return perturb(lowrank_ft.wrap(base(), "lora", rank=16, alpha=32), 0.005)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}], ids=str)
+def test_wrap_is_the_identity_to_the_bit(ids: Tensor, options: dict[str, object]) -> None:
+    model = base()
+    before = logits(model, ids)
+    lowrank_ft.wrap(model, "lora", rank=16, **options)
+    assert torch.equal(logits(model, ids), before)
+    assert len(engine.hosts(model)) == 210
+
+
+def test_save_fresh_process_load_gives_equal_logits(trained: nn.Module, ids: Tensor, tmp_path: Path) -> None:
+    lowrank_ft.save(trained, tmp_path / "adapter")
+    assert verify.reload_difference(trained, str(BASE), tmp_path / "adapter", {"input_ids": ids}) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_merging_adds_no_more_error_than_the_dtype_has(dtype: torch.dtype, ids: Tensor) -> None:
+    """Against the same model in float64, with its adapter apart.
+
+    Merging rounds each weight once (u), which moves a layer's output by what rounding that output moves it;
+    so the merged model may err twice what the unmerged one errs, and by chance somewhat more. The bound for
+    one layer is in tests/oracle; this is the whole model's.
+    """
+    model = perturb(lowrank_ft.wrap(base(dtype), "lora", rank=16, alpha=32), 0.005)
+    exact = lowrank_ft.wrap(base(dtype).double(), "lora", rank=16, alpha=32)
+    state = {k: v.double() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    exact.load_state_dict(state)
+    true = logits(exact, ids)
+    del exact
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    unmerged = logits(model, ids)
+    lowrank_ft.merge(model)
+    merged = logits(model, ids)
+    errors = [(out.double() - true).square().mean().sqrt().item() for out in (unmerged, merged)]
+    print(f"{dtype}: rms error unmerged {errors[0]:.2e}, merged {errors[1]:.2e}, logits {true.std():.2f}")
+    assert errors[1] <= 3 * errors[0]
+
+    lowrank_ft.unmerge(model)
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(logits(model, ids), unmerged)
+
+
+def test_peft_both_ways(trained: nn.Module, ids: Tensor, tmp_path: Path) -> None:
+    ours = logits(trained, ids)
+    lowrank_ft.export(trained, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(base(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs, ids), ours, rtol=0, atol=1e-5)
+    back = lowrank_ft.load(base(), tmp_path / "peft")
+    assert torch.equal(logits(back, ids), ours)
+
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    other = perturb(get_peft_model(base(), config), 0.005).eval()
+    other.save_pretrained(tmp_path / "other")
+    mine = lowrank_ft.load(base(), tmp_path / "other")
+    wanted = logits(other, ids)
+    torch.testing.assert_close(logits(mine, ids), wanted, rtol=0, atol=1e-5)
+
+
+def test_generation_with_a_cache_equals_without(trained: nn.Module, ids: Tensor) -> None:
+    outputs = [
+        trained.generate(ids, max_new_tokens=12, do_sample=False, use_cache=use_cache)  # type: ignore[operator]
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_unload_gives_the_base_back(ids: Tensor) -> None:
+    model = base()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    perturb(lowrank_ft.wrap(model, "lora", rank=4, init="olora"))
+    lowrank_ft.unload(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
