@@ -91,6 +91,7 @@ def _finetune(args: Sequence[str]) -> None:
     from lowrank_ft import training
 
     training.finetune(parse(training.FinetuneConfig, args, "finetune"))
+    training.leave_process_group()
 
 
 def _evaluate(args: Sequence[str]) -> None:

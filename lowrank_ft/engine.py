@@ -109,12 +109,8 @@ def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     found = hosts(model)
-    known = adapter_names(model)
     for name in wanted:
-        if name not in known:
-            raise StateError(
-                f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}."
-            )
+        require_adapter(model, name)
     for host in found.values():
         host.check_active(wanted)
     for host in found.values():
@@ -145,9 +141,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     Raises:
         StateError: no adapter of that name.
     """
-    known = adapter_names(model)
-    if name not in known:
-        raise StateError(f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}.")
+    require_adapter(model, name)
     owners = _owners(model)
     for host in hosts(model).values():
         if name in host.parts:
@@ -263,6 +257,13 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters in force."""
     return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.active))
+
+
+def require_adapter(model: nn.Module, name: str) -> None:
+    """Raise ``StateError`` unless the model has an adapter of that name."""
+    known = adapter_names(model)
+    if name not in known:
+        raise StateError(f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}.")
 
 
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
             raise StateError(
                 "AdapterCheckpoint needs a model with an adapter: wrap() it before the Trainer is made."
             )
-        model._keys_to_ignore_on_save = sorted(engine.frozen_keys(model))
+        always = getattr(type(model), "_keys_to_ignore_on_save", None) or ()
+        model._keys_to_ignore_on_save = sorted(engine.frozen_keys(model).union(always))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Put an adapter directory beside Trainer's files."""
@@ -66,7 +68,7 @@ class StopOnNonFinite(TrainerCallback):  # type: ignore[misc]
         if args.fp16:
             return  # the loss scaler overflows on purpose and skips such steps itself
         named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-        if not named or torch.stack(torch._foreach_norm([g for _, g in named])).isfinite().all():
+        if torch.nn.utils.get_total_norm([g for _, g in named]).isfinite():
             return
         culprit = next((n for n, g in named if not torch.isfinite(g).all()), named[0][0])
         raise NonFiniteError(
@@ -211,7 +213,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
     arguments = training_arguments(config)
     set_seed(config.seed)
-    model, tokenizer, train_set, eval_set = _prepare(config)
+    with arguments.main_process_first(desc="preparing the data"):  # the others find it in the cache
+        model, tokenizer, train_set, eval_set = _prepare(config)
     collator = data.Collator(tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
@@ -252,6 +255,17 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         print(table(result))
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def leave_process_group() -> None:
+    """End torch's process group, if there is one, so that the process can exit.
+
+    Gloo's threads may still hold tensors of the last collective. Unless they are joined first, one that
+    lets go of a tensor while the interpreter shuts down aborts the process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # DistributedDataParallel is part of a cycle and keeps the group's threads alive
+        torch.distributed.destroy_process_group()
 
 
 def training_arguments(config: FinetuneConfig) -> Any:
@@ -299,14 +313,14 @@ def _prepare(config: FinetuneConfig) -> tuple[nn.Module, Any, Any, Any]:
     """Load the data and the model, and wrap the model."""
     models.check_path(config.model.path)
     train_rows, eval_rows = data.load(config.data, config.seed)
-    tokenizer = models.load_tokenizer(config.model.path)
     method = config.method
     if config.task == "causal-lm":
-        model, _ = models.load_causal_lm(config.model.path, config.model.dtype, "cpu")
+        model, tokenizer = models.load_causal_lm(config.model.path, config.model.dtype, "cpu")
         train_set = data.tokenize_for_generation(train_rows, config.data, tokenizer)
         eval_set = data.tokenize_for_generation(eval_rows, config.data, tokenizer)
     else:
         classes = data.classes_of(train_rows, config.data)
+        tokenizer = models.load_tokenizer(config.model.path)
         model = models.load_classifier(config.model.path, config.model.dtype, classes, tokenizer.pad_token_id)
         train_set = data.tokenize_for_classification(train_rows, config.data, tokenizer, classes)
         eval_set = data.tokenize_for_classification(eval_rows, config.data, tokenizer, classes)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank_ft import engine
 from lowrank_ft.checkpoint import files, native, peft
-from lowrank_ft.errors import ConfigError, StateError, did_you_mean
+from lowrank_ft.errors import ConfigError, did_you_mean
 from lowrank_ft.manifest import replacements
 from lowrank_ft.modules.host import Host
 
@@ -46,11 +46,11 @@ def save(
     only_adapters = found and all(
         isinstance(h, Host) and h.base_node().kind == "dense" for h in found.values()
     )
-    known = engine.adapter_names(model)
-    if name is not None and name not in known:
-        raise StateError(f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}.")
+    if name is not None:
+        engine.require_adapter(model, name)
     if only_adapters:
-        native.save_adapters(model, Path(dir), known if name is None else (name,), tokenizer, figures)
+        names = engine.adapter_names(model) if name is None else (name,)
+        native.save_adapters(model, Path(dir), names, tokenizer, figures)
     else:
         native.save_model(model, Path(dir), tokenizer, figures)
 

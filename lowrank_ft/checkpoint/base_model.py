@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft import engine
-from lowrank_ft.errors import CheckpointError
+from lowrank_ft.errors import CheckpointError, StateError
 
 _SAMPLE = 1 << 16  # elements of each tensor that enter the digest one by one
 
@@ -35,7 +35,7 @@ def identify(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, Any]
         "parameters": sum(p.numel() for p in {id(t): t for t in tensors.values()}.values()),
         "dtype": "+".join(sorted(dtypes)),
         "structure": structure(tensors),
-        "digest": digest(kept),
+        "digest": None if any(t.is_meta for t in kept.values()) else digest(kept),
         "labels": _labels(type(model).__name__, config),
     }
 
@@ -55,7 +55,12 @@ def check(model: nn.Module, expected: Mapping[str, Any], replaced: Collection[st
             f"The adapter was made for another model: {made_for}, {expected.get('parameters')} parameters. "
             f"This is a {found['class']} with {found['parameters']} parameters, or other names or shapes."
         )
-    if found["digest"] != expected.get("digest"):
+    if found["digest"] is None:
+        raise StateError(
+            "Weights of the base model are on the meta device (offloaded, or not loaded), so it cannot be "
+            "compared with the one the adapter was made for. Load them, or pass check_base=False."
+        )
+    if expected.get("digest") is not None and found["digest"] != expected["digest"]:
         hint = ""
         if found["dtype"] != expected.get("dtype"):
             hint = f" It was {expected.get('dtype')} and is {found['dtype']} now, which may be the reason."

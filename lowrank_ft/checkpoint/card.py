@@ -96,4 +96,4 @@ def _figures(figures: Mapping[str, Any]) -> list[str]:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name can be a repository on the hub, not a local path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()

@@ -225,7 +225,7 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
             f"{directory} holds a whole model: load it onto a fresh base, not onto a wrapped model."
         )
     if hasattr(type(model), "from_pretrained"):
-        loaded = cast(Any, type(model)).from_pretrained(directory)
+        loaded = cast(Any, type(model)).from_pretrained(directory).to(next(model.parameters()).device)
         for shared in ("_modules", "_parameters", "_buffers", "config", "_lowrank_ft"):
             if shared in loaded.__dict__:
                 model.__dict__[shared] = loaded.__dict__[shared]

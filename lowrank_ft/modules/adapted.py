@@ -84,6 +84,8 @@ class Adapted(Host):
     def merged(self) -> nn.Module:
         """Return a stock layer with the active adapters in its weight, summed in float32, rounded once."""
         deltas = cast("tuple[Delta, ...]", self.running)
+        if not deltas:
+            return self.base
         with torch.no_grad():
             weight = self.layer.matrix()
             total = weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -101,7 +101,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The thin products come first, while the gradient is in the cache; the wide one would evict it.
     grad_hidden = (flat @ B.to(grad.dtype)).mul_(ctx.scale)
     if need_B:
-        grad_B = (hidden.T @ flat).mul_(ctx.scale).T.to(B.dtype)
+        grad_B = (flat.T @ hidden).mul_(ctx.scale).to(B.dtype)
     if need_A:
         source = kept[0] if len(kept) == 1 else kept[0] * kept[1]
         grad_A = (grad_hidden.T @ source.reshape(-1, source.shape[-1])).to(A.dtype)

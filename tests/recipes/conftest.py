@@ -62,7 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("texts")
-    rows = [{"text": sentence(i), "label": "abc"[i * 5 % len(WORDS) % 3]} for i in range(48)]
+    rows = [{"text": f"{sentence(i)} {WORDS[i % 3]}", "label": "abc"[i % 3]} for i in range(48)]
     write_jsonl(directory / "train.jsonl", rows[:40])
     write_jsonl(directory / "heldout.jsonl", rows[40:])
     chats = [

@@ -1,0 +1,61 @@
+"""What needs an accelerator: run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowrank_ft
+from tests.tiny import TINY, logits, perturb
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    tiny = TINY[name]
+    return tiny.model(dtype).cuda(), {k: v.cuda() for k, v in tiny.inputs(dtype).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", TINY)
+def test_identity_training_and_reload(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, batch = on_gpu(name, dtype)
+    before = logits(model, batch)
+    lowrank_ft.wrap(model, "lora", rank=2, targets=TINY[name].targets)
+    assert torch.equal(logits(model, batch), before)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    lowrank_ft.save(model, tmp_path / "a")
+    fresh = lowrank_ft.load(on_gpu(name, dtype)[0], tmp_path / "a")
+    assert torch.equal(logits(fresh.eval(), batch), logits(model.eval(), batch))
+
+
+def test_an_adapter_moves_between_devices(tmp_path: Path) -> None:
+    """The start does not depend on the device, nor does the digest of the base."""
+    tiny = TINY["llama"]
+    here = perturb(lowrank_ft.wrap(tiny.model(), "lora", rank=2))
+    lowrank_ft.save(here, tmp_path / "a")
+    there = lowrank_ft.load(tiny.model().cuda(), tmp_path / "a")
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(dtype: torch.dtype) -> None:
+    model, batch = on_gpu("llama", torch.float32)
+    perturb(lowrank_ft.wrap(model.cpu(), "lora", rank=2)).cuda()
+    exact = model(**batch).loss
+    with torch.autocast("cuda", dtype):
+        loss = model(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=2**-7)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
