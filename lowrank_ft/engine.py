@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft import config as configs
-from lowrank_ft import registry, sites
-from lowrank_ft.algorithms.base import AdapterConfig, Family, Method, MethodConfig
+from lowrank_ft import registry, sites, ties
+from lowrank_ft.algorithms.base import AdapterConfig, Counts, Family, Method, MethodConfig
 from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetError, did_you_mean
 from lowrank_ft.manifest import Node, describe, replacements, to_json
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import find_layer
+from lowrank_ft.modules.lowrank import LowRank
+from lowrank_ft.modules.replacement import Replacement
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -90,14 +92,27 @@ def wrap(
         StateError: the name is taken; the model is compiled, quantised, merged or on ``meta``.
     """
     stages = _stages(method, options)
-    if data is not None or tokenizer is not None or loss is not None:
+    given = data is not None or tokenizer is not None or loss is not None
+    if given and not any(stage.needs() for stage in stages):
         names = " and ".join(repr(stage.name) for stage in stages)
         raise ConfigError(
             f"The method {names} takes no calibration data: leave out data, tokenizer and loss."
         )
-    check_can_wrap(model, name)
+    if any(stage.family is Family.ADAPTER for stage in stages):
+        check_can_wrap(model, name)
+    check_can_change(model)
     for stage in stages:
-        _apply(model, stage, name, targets, exclude, layers)
+        chosen = sites.select(model, targets, exclude, layers)
+        where = {
+            "targets": configs.plain(targets),
+            "exclude": configs.plain(exclude),
+            "layers": configs.plain(layers if layers is None or isinstance(layers, int) else list(layers)),
+        }
+        recipe = {"method": stage.name, "options": configs.to_dict(stage.config), **where}
+        if stage.family is Family.ADAPTER:
+            _adapt(model, stage, chosen, name, recipe)
+        else:
+            _compress(model, stage, chosen, recipe, data, tokenizer, loss)
     return model
 
 
@@ -183,13 +198,13 @@ def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> Mod
         raise StateError(
             f"merge(reversible=False) would lose the inactive adapters {idle}: delete_adapter() them."
         )
-    _check_ties(model, found, untie)
+    ties.check_merge(model, found, ties.shared(stock_tensors(model)), untie)
 
     owners = _owners(model)
     for host in found.values():
         _replace(owners, host, host.merged())
     if untie:
-        state.untied = _set_tied(model, False)
+        state.untied = ties.set_tied(model, False)
     _restore_trainable(model, state.trainable)
     if reversible:
         state.merged = found
@@ -217,7 +232,7 @@ def unmerge(model: ModelT) -> ModelT:
             host.to(where.device)  # the model may have moved since
         _replace(owners, current, host.train(current.training))
     if state.untied:
-        _set_tied(model, True)
+        ties.set_tied(model, True)
         state.untied = False
     state.merged = None
     _freeze_base(model)
@@ -315,6 +330,11 @@ def check_can_wrap(model: nn.Module, name: str) -> None:
         raise StateError(
             f"The model already has an adapter {name!r}. Choose another name=, or delete_adapter() it."
         )
+    check_can_change(model)
+
+
+def check_can_change(model: nn.Module) -> None:
+    """Raise ``StateError`` where nothing can be put into the model as it is now."""
     state = model.__dict__.get("_lowrank_ft")
     if state is not None and state.merged is not None:
         raise StateError(
@@ -334,6 +354,74 @@ def check_can_wrap(model: nn.Module, name: str) -> None:
         raise StateError(
             "The model is itself a single layer, which cannot be replaced in place: put it in a container."
         )
+
+
+def check_can_compress(model: nn.Module, chosen: Sequence[sites.Site]) -> None:
+    """Raise ``StateError`` where the layers of these sites cannot be replaced."""
+    if hosts(model):
+        raise StateError(
+            f"The model carries the adapters {list(adapter_names(model))}. Compressing would leave them on "
+            f"weights that are gone: merge(model, reversible=False) or unload() them first."
+        )
+    shared = ties.shared(stock_tensors(model))
+    for site in chosen:
+        for name, module in zip(site.names, site.modules, strict=True):
+            if isinstance(module, Replacement):
+                raise StateError(
+                    f"{name} is compressed already: exclude it, or start from the original model."
+                )
+            if any(p.is_meta for p in module.parameters()):
+                raise StateError(
+                    f"The weight of {name} is on the meta device: load the model's weights first."
+                )
+            others = ties.other_users(model, module, shared)
+            if others:
+                raise StateError(
+                    f"The weight of {name} is shared with {others[0]} (tied embeddings), so it cannot be "
+                    f"replaced alone: exclude it, or untie the two before compressing."
+                )
+
+
+def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of stock ones, by name."""
+    owners, modules = _owners(model), sites.stock_modules(model)
+    for name, module in new.items():
+        _replace(owners, modules[name], module)
+    ties.rename(model)
+
+
+def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Undo :func:`replace`, whatever part of it was done."""
+    current = sites.stock_modules(model)
+    replace(model, {name: module for name, module in originals.items() if current[name] is not module})
+
+
+@contextmanager
+def multiplied_out(model: nn.Module) -> Iterator[None]:
+    """Run the block with one stock layer in the place of each pair of factors.
+
+    Raises:
+        StateError: factors with a bias where the stock model has none.
+    """
+    factored = {name: module for name, module in replacements(model).items() if isinstance(module, LowRank)}
+    extra = [name for name, module in factored.items() if module.adds_bias]
+    if extra:
+        raise StateError(
+            f"{extra[0]} has a bias that a stock {type(model).__name__} cannot hold ({len(extra)} such "
+            f"layers). Compress with centered=None, which adds none."
+        )
+    replace(model, {name: module.dense() for name, module in factored.items()})
+    _write_config(model)
+    try:
+        yield
+    finally:
+        put_back(model, factored)
+        _write_config(model)
+
+
+def stages_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Return what compressed a model, stage by stage: method, options, and facts on each layer."""
+    return list(model.__dict__.get("_lowrank_ft_stages", ()))
 
 
 def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False) -> dict[str, nn.Module]:
@@ -421,7 +509,7 @@ def restore_structure(model: nn.Module, nodes: Mapping[str, Node]) -> None:
             )
     for name, node in nodes.items():
         _replace(owners, modules[name], node.build(modules[name]))
-    _rename_ties(model)
+    ties.rename(model)
 
 
 def restore_state(model: nn.Module, active: Sequence[str], recipes: dict[str, dict[str, Any]]) -> None:
@@ -485,45 +573,48 @@ def _method_for(config: MethodConfig) -> Method[Any]:
     raise ConfigError(f"{config!r} is not the config of a registered method ({', '.join(registry.methods)}).")
 
 
-def _apply(
-    model: nn.Module,
-    method: Method[Any],
-    name: str,
-    targets: str | Sequence[str],
-    exclude: str | Sequence[str],
-    layers: int | Sequence[int] | None,
+def _adapt(
+    model: nn.Module, method: Method[Any], chosen: Sequence[sites.Site], name: str, recipe: dict[str, Any]
 ) -> None:
-    """Run one method: sites, plan, structure, build, values, and only then change the model."""
-    chosen = sites.select(model, targets, exclude, layers)
+    """Put an adapter on: plan, structure, build, values, and only then change the model."""
     nodes: dict[str, Node] = {}
-    for site, share in zip(chosen, method.plan(chosen), strict=True):
+    for site, share in zip(chosen, method.plan(chosen, {}, Counts(0, 0)), strict=True):
         nodes.update(method.structure(site, share))
     if isinstance(method.config, AdapterConfig):
         nodes.update(_copies(model, method.config.modules_to_save, nodes))
     parts = build(model, nodes)
     for site in chosen:
-        method.values(site, {path: parts[path] for path in site.names})
-    recipe = {
-        "method": method.name,
-        "options": configs.to_dict(method.config),
-        "targets": configs.plain(targets),
-        "exclude": configs.plain(exclude),
-        "layers": configs.plain(layers if layers is None or isinstance(layers, int) else list(layers)),
-    }
+        method.values(site, {path: parts[path] for path in site.names}, {})
     commit(model, name, nodes, parts, recipe)
+
+
+def _compress(
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[sites.Site],
+    recipe: dict[str, Any],
+    data: Any,
+    tokenizer: Any,
+    loss: Any,
+) -> None:
+    from lowrank_ft import pipeline  # it needs this module, and only compressors need it
+
+    facts = pipeline.compress(model, method, chosen, data, tokenizer, loss)
+    model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, "layers changed": facts}]
+    _write_config(model)
 
 
 def _copies(model: nn.Module, patterns: Sequence[str], adapted: Mapping[str, Node]) -> dict[str, Node]:
     """Copies of the modules to train in full, and of the batch norms, whose statistics move in training."""
     saved = sites.find_modules(model, patterns, "modules_to_save")
-    ties = _shared_weights(model)
+    shared = ties.shared(stock_tensors(model))
     for name, module in saved.items():
         if name in adapted:
             raise TargetError(f"{name} is both a target and in modules_to_save: exclude it from the targets.")
         tied = [
             other
             for p in module.parameters()
-            for other in ties.get(id(p), ())
+            for other in shared.get(id(p), ())
             if not other.startswith(f"{name}.")
         ]
         if tied:
@@ -573,41 +664,6 @@ def _forget(model: nn.Module) -> None:
     del model.__dict__["_lowrank_ft"]
 
 
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Return the stock names of each parameter that has more than one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in stock_tensors(model).items():
-        names.setdefault(id(parameter), []).append(name)
-    return {key: shared for key, shared in names.items() if len(shared) > 1}
-
-
-def _check_ties(model: nn.Module, found: Mapping[str, Host], untie: bool) -> None:
-    """Refuse to merge into a weight that other modules use."""
-    ties = _shared_weights(model)
-    own: dict[int, set[str]] = {}  # one module can have several names, which is no tie
-    for name, module in model.named_modules(remove_duplicate=False):
-        own.setdefault(id(module), set()).add(f"{name}.weight")
-    for name, host in found.items():
-        weight = host.base._parameters.get("weight")
-        if not isinstance(host, Adapted) or not host.active or weight is None:
-            continue
-        others = [other for other in ties.get(id(weight), ()) if other not in own[id(host)]]
-        if others and not untie:
-            raise StateError(
-                f"The weight of {name} is shared with {others[0]}, so merging would break the tie. "
-                f"merge(untie=True) does that and records it in the model's config."
-            )
-
-
-def _set_tied(model: nn.Module, tied: bool) -> bool:
-    """Set ``tie_word_embeddings`` in a transformers config; return whether it was there to set."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", None) in (None, tied):
-        return False
-    cast(Any, config).tie_word_embeddings = tied
-    return True
-
-
 def _write_config(model: nn.Module) -> None:
     """Keep the manifest in a transformers config, so that the user's own ``save_pretrained`` can reload."""
     config = getattr(model, "config", None)
@@ -620,39 +676,11 @@ def _write_config(model: nn.Module) -> None:
             "schema": SCHEMA,
             "manifest": to_json(manifest),
             "active": list(active_adapters(model)),
-            "recipes": state_of(model).recipes,
+            "recipes": state_of(model).recipes if hosts(model) else {},
         }
     elif _is_ours(getattr(config, "quantization_config", None)):
         del config.quantization_config
-    _rename_ties(model)
-
-
-def _rename_ties(model: nn.Module) -> None:
-    """Tell transformers where tied weights live now that an embedding or head may be a host's base."""
-    for module in model.modules():
-        stock = getattr(type(module), "_tied_weights_keys", None)
-        if not isinstance(stock, dict):
-            continue
-        renamed = {_as_placed(module, k): _as_placed(module, v) for k, v in stock.items()}
-        if renamed != stock:
-            cast(Any, module)._tied_weights_keys = renamed
-        else:
-            module.__dict__.pop("_tied_weights_keys", None)
-        expanded = module.__dict__.get("all_tied_weights_keys")
-        if isinstance(expanded, dict):
-            placed = {_as_placed(module, k): _as_placed(module, v) for k, v in expanded.items()}
-            cast(Any, module).all_tied_weights_keys = placed
-
-
-def _as_placed(module: nn.Module, key: str) -> str:
-    """Return where the tensor ``key`` is now, given where it was with hosts or without."""
-    owner, _, attribute = key.rpartition(".")
-    modules = dict(module.named_modules())
-    if owner.endswith(".base") and owner not in modules:
-        owner = owner.removesuffix(".base")  # its host was taken out
-    if isinstance(modules.get(owner), Host):
-        owner += ".base"  # a host was put in
-    return f"{owner}.{attribute}" if owner else attribute
+    ties.rename(model)
 
 
 def _is_ours(quantization_config: Any) -> bool:

@@ -1,9 +1,22 @@
-"""Linear algebra shared by the methods: in float64, sign-fixed, on the smaller side."""
+"""Linear algebra shared by the methods: in float64, sign-fixed, on the smaller side.
+
+Every compressor here minimises ``‖G^½ (W − B A) C^½‖²_F`` over factors of rank r, where ``C`` is the second
+moment of the layer's input and ``G`` that of its output's gradient; either may be the identity. The answer is
+a truncated singular value decomposition of ``M = G^½ W C^½``, read off the smaller of its two Gram matrices:
+
+* no more outputs than inputs: ``M Mᵀ = L_Gᵀ (W C Wᵀ) L_G``; C is never factored, so it may be singular;
+* more outputs than inputs: ``Mᵀ M = L_Cᵀ (Wᵀ G W) L_C``; G is never factored, and enters only as ``Wᵀ G W``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import cast
+
 import torch
 from torch import Tensor
+
+from lowrank_ft.errors import ConfigError, NonFiniteError
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,8 +34,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     m = matrix.double() if wide else matrix.double().T
-    _, vectors = torch.linalg.eigh(m @ m.T)
-    left = vectors[:, -rank:].flip(1)
+    _, left = eigenpairs(m @ m.T, rank)
     right = left.T @ m
     values = right.norm(dim=1)
     right = right / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
@@ -48,3 +60,228 @@ def _sign_of_largest(columns: Tensor) -> Tensor:
     """The sign of each column's largest entry by magnitude; +1 for a zero column."""
     largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
+
+
+# Symmetric matrices -----------------------------------------------------------------------------------------
+
+RIDGES = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6)
+
+
+@dataclass(frozen=True)
+class Root:
+    """A triangular square root of a positive semidefinite matrix: ``C + ridge · mean(diag C) · I = L Lᵀ``.
+
+    Attributes:
+        lower: ``L``, ``(n, n)``, lower triangular.
+        ridge: what was added, relative to the mean of the diagonal; the floor of the eigenvalues where
+            ``method`` is ``"eigh"``.
+        method: ``"cholesky"`` or ``"eigh"``.
+        condition: squared ratio of the largest to the smallest pivot: a lower bound of the condition number.
+    """
+
+    lower: Tensor
+    ridge: float
+    method: str
+    condition: float
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """Return ``L⁻¹ M``."""
+        return cast(Tensor, torch.linalg.solve_triangular(self.lower, matrix, upper=False))
+
+    def solve_transposed(self, matrix: Tensor) -> Tensor:
+        """Return ``L⁻ᵀ M``."""
+        return cast(Tensor, torch.linalg.solve_triangular(self.lower.T, matrix, upper=True))
+
+
+def factor_spd(matrix: Tensor, ridge: float = 0.0) -> Root:
+    """Return a triangular root of a symmetric positive semidefinite matrix, and say what it took.
+
+    Cholesky, with a ridge that starts at ``ridge`` and grows tenfold until it succeeds; where 1e-6 is not
+    enough, from the eigenvectors with floored eigenvalues. Never an inverse, never a pseudo-inverse.
+
+    Args:
+        matrix: ``(n, n)``, float64.
+        ridge: the smallest ridge to use, relative to the mean of the diagonal.
+
+    Raises:
+        NonFiniteError: NaN or infinite entries.
+        ConfigError: the diagonal's mean is not positive: no data reached the layer.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NonFiniteError("A second moment has NaN or infinite entries.")
+    mean = float(matrix.diagonal().mean())
+    if mean <= 0:
+        raise ConfigError("A second moment is zero: no data reached the layer.")
+    for step in (ridge, *(r for r in RIDGES if r > ridge)):
+        lower, failed = torch.linalg.cholesky_ex(_with_ridge(matrix, step * mean))
+        if not failed:
+            return Root(lower, step, "cholesky", _condition(lower))
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = max(ridge, RIDGES[-1]) * mean
+    _, upper = torch.linalg.qr((vectors * values.clamp_min(floor).sqrt()).T)
+    lower = upper.T * torch.sign(upper.diagonal())
+    return Root(lower, floor / mean, "eigh", _condition(lower))
+
+
+def _with_ridge(matrix: Tensor, amount: float) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal().add_(amount)
+    return shifted
+
+
+def _condition(lower: Tensor) -> float:
+    pivots = lower.diagonal().abs()
+    return float((pivots.max() / pivots.min()) ** 2)
+
+
+def eigenpairs(matrix: Tensor, count: int, *, randomized: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of a symmetric matrix, descending, and their eigenvectors.
+
+    Args:
+        matrix: ``(n, n)``, positive semidefinite, float64.
+        count: how many, from 1 to n.
+        randomized: use a range finder with four power iterations (Halko, Martinsson and Tropp 2011,
+            algorithm 4.4) where ``count`` is below an eighth of n. Its answer is kept only where every pair
+            satisfies ``‖C v − λ v‖ ≤ 1e-6 λ₁``; else the full decomposition runs.
+
+    Returns:
+        values ``(count,)`` and vectors ``(n, count)``.
+    """
+    n = matrix.shape[0]
+    if randomized and 8 * count <= n:
+        generator = torch.Generator().manual_seed(0)
+        sketch = torch.randn(n, min(n, 2 * count + 8), generator=generator, dtype=torch.float64)
+        basis = sketch.to(matrix.device)
+        for _ in range(4):
+            basis, _ = torch.linalg.qr(matrix @ basis)
+        small, rotation = torch.linalg.eigh(basis.T @ (matrix @ basis))
+        values, vectors = small[-count:].flip(0), (basis @ rotation)[:, -count:].flip(1)
+        residual = (matrix @ vectors - vectors * values).norm(dim=0).max()
+        if residual <= 1e-6 * values[0]:
+            return values, vectors
+    values, vectors = torch.linalg.eigh(matrix)
+    return values[-count:].flip(0), vectors[:, -count:].flip(1)
+
+
+# Factors under a metric -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``W ≈ B A`` of one rank, optimal under a metric.
+
+    Attributes:
+        B: ``(out, rank)``.
+        A: ``(rank, in)``.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def balanced(self) -> Factors:
+        """Return the same product with ``BᵀB = A Aᵀ = Σ``, the singular values of the product."""
+        q_b, r_b = torch.linalg.qr(self.B)
+        q_a, r_a = torch.linalg.qr(self.A.T)
+        u, s, vt = truncated_svd(r_b @ r_a.T, r_b.shape[0])
+        return Factors(q_b @ (u * s.sqrt()), (s.sqrt()[:, None] * vt) @ q_a.T)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The singular value decomposition of ``G^½ W C^½``, ready to be cut at any rank.
+
+    Attributes:
+        energies: squared singular values, descending, ``(min(out, in),)``, or only the largest.
+        total: sum of all squared singular values: the error of rank 0.
+        root: the square root that was needed (of G, or of C), or None.
+    """
+
+    weight: Tensor
+    energies: Tensor
+    total: float
+    vectors: Tensor
+    tall: bool
+    root: Root | None
+
+    def error(self, rank: int) -> float:
+        """Return the squared weighted error ``‖G^½ (W − B A) C^½‖²`` that rank ``rank`` leaves."""
+        return max(float(self.total - self.energies[:rank].sum()), 0.0)
+
+    def truncate(self, rank: int) -> Factors:
+        """Return the best factors of a rank, in float64.
+
+        With fewer outputs than inputs and no G this is ``B = U_r``, ``A = U_rᵀ W``: orthonormal directions
+        of the output, as in atomic feature mimicking (Yu and Wu 2023).
+        """
+        vectors = self.vectors[:, :rank]
+        if self.tall:
+            A = vectors.T if self.root is None else self.root.solve_transposed(vectors).T
+            B = self.weight @ (vectors if self.root is None else self.root.lower @ vectors)
+        else:
+            B = vectors if self.root is None else self.root.solve_transposed(vectors)
+            A = (vectors if self.root is None else self.root.lower @ vectors).T @ self.weight
+        sign = _sign_of_largest(B)
+        return Factors(B * sign, A * sign[:, None])
+
+
+def decompose(
+    weight: Tensor,
+    C: Tensor | None = None,
+    G: Tensor | None = None,
+    *,
+    pulled: Tensor | None = None,
+    ridge: float = 0.0,
+    rank: int | None = None,
+) -> Decomposition:
+    """Decompose a weight under the metric of its input and of its output's gradient.
+
+    Args:
+        weight: ``(out, in)``, any float dtype.
+        C: second moment of the input, ``(in, in)``, or its diagonal ``(in,)``; None for the identity.
+        G: second moment of the output's gradient, ``(out, out)``; None for the identity.
+        pulled: ``Wᵀ G W``, ``(in, in)``, instead of G, where out > in.
+        ridge: the smallest ridge on G (or, in ``Wᵀ G W``, on the identity it stands for).
+        rank: only so many leading directions are wanted: a randomised solver may find them.
+
+    Raises:
+        NonFiniteError: a moment with NaN or infinite entries.
+        ConfigError: a moment that is zero, or G given as ``pulled`` for a layer that is not tall.
+    """
+    W = weight.double()
+    out_features, in_features = W.shape
+    tall = out_features > in_features
+    if pulled is not None and not tall:
+        raise ConfigError("Wᵀ G W stands for G only where a layer has more outputs than inputs.")
+    root = None
+    if tall:
+        if pulled is None:
+            pulled = W.T @ W if G is None else W.T @ (G @ W)
+        elif ridge:
+            pulled = pulled + ridge * _mean_gradient(pulled, W) * (W.T @ W)
+        gram = pulled
+        if C is not None:
+            root = factor_spd(torch.diag(C) if C.dim() == 1 else C)
+            gram = root.lower.T @ (gram @ root.lower)
+    else:
+        gram = W @ W.T if C is None else (W * C) @ W.T if C.dim() == 1 else W @ (C @ W.T)
+        if G is not None:
+            root = factor_spd(G, ridge)
+            gram = root.lower.T @ (gram @ root.lower)
+    if not torch.isfinite(gram).all():
+        raise NonFiniteError("A weight or a moment has NaN or infinite entries.")
+    count = min(out_features, in_features)
+    energies, vectors = eigenpairs(gram, count if rank is None else rank, randomized=rank is not None)
+    return Decomposition(W, energies.clamp_min(0), float(gram.trace()), vectors, tall, root)
+
+
+def _mean_gradient(pulled: Tensor, W: Tensor) -> float:
+    """The mean of diag G as far as ``Wᵀ G W`` tells: exact where G is a multiple of the identity."""
+    return float(pulled.trace() / (W * W).sum())
+
+
+def weighted_error(difference: Tensor, C: Tensor | None = None, G: Tensor | None = None) -> float:
+    """Return ``‖G^½ D C^½‖²_F = tr(Dᵀ G D C)`` of a difference ``(out, in)``, in float64."""
+    D = difference.double()
+    right = D if C is None else D * C if C.dim() == 1 else D @ C
+    left = D if G is None else G @ D
+    return float((left * right).sum())

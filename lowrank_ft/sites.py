@@ -14,6 +14,7 @@ from lowrank_ft import layouts
 from lowrank_ft.errors import TargetError, did_you_mean
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import Layer, find_layer, layer_of
+from lowrank_ft.modules.replacement import Replacement
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
         seen.add(id(module))
         if name:
             found[name] = module
+        if isinstance(module, Replacement):
+            return  # what a compressor left is one layer, whatever it is made of
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}" if name else child_name)
 

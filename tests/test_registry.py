@@ -59,7 +59,7 @@ class ScaleMethod(Method[Scale]):
     def structure(self, site, share):
         return {name: ScaleNode() for name in site.names}
 
-    def values(self, site, new):
+    def values(self, site, new, statistics):
         for delta in new.values():
             torch.nn.init.zeros_(delta.factor)
 '''

@@ -7,11 +7,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from torch import nn
 
+from lowrank_ft.calibration.batches import Calibration
+from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.manifest import Node
 from lowrank_ft.modules.layer import find_layer
@@ -57,14 +58,63 @@ class LowRankConfig(AdapterConfig):
                 raise ConfigError(f"The rank must be at least 1, but {where} is {rank}.")
 
 
+@dataclass(frozen=True)
+class CompressorConfig(MethodConfig):
+    """Options that every compressor has."""
+
+    ratio: float = 0.2
+    """Share of the parameters to remove, between 0 and 1."""
+    ratio_of: Literal["blocks", "total"] = "blocks"
+    """What the ratio is a share of: all parameters but embeddings and head, or all of them."""
+    align: int = 8
+    """Ranks are multiples of this; large GPUs like 128, narrow models 8."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """The data that the method looks at."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ConfigError(f"The ratio is the share to remove, between 0 and 1, but is {self.ratio}.")
+        if self.align < 1:
+            raise ConfigError(f"align must be at least 1, but is {self.align}.")
+
+
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class Need(enum.Enum):
+    """A statistic that a method asks for."""
+
+    INPUT = "second moment and mean of each layer's input"
+    OUTPUT_GRADIENT = "second moment of the gradient at each layer's output"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model, tied ones once.
+
+    Attributes:
+        total: all of them.
+        blocks: all but embeddings and head.
+    """
+
+    total: int
+    blocks: int
 
 
 @dataclass(frozen=True)
 class Share:
-    """What the plan gives one site."""
+    """What the plan gives one site.
 
-    rank: int = 0
+    Attributes:
+        rank: of what is put there; None leaves the site as it is.
+        predicted: predicted rise of the model's loss, where the method predicts one.
+    """
+
+    rank: int | None = None
+    predicted: float | None = None
+
+
+Statistics = Mapping[str, SiteStatistics]
 
 
 class Method(ABC, Generic[ConfigT]):
@@ -83,8 +133,20 @@ class Method(ABC, Generic[ConfigT]):
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 
-    def plan(self, sites: Sequence[Site]) -> list[Share]:
+    def check(self, site: Site) -> None:
+        """Raise ``TargetError`` where the method cannot act on a site; called before any work is done."""
+
+    def needs(self) -> frozenset[Need]:
+        """Return the statistics that the method asks for with its present options; none by default."""
+        return frozenset()
+
+    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
         """Decide what each site gets; by default one rank for all, and the exceptions by pattern.
+
+        Args:
+            sites: where the method acts.
+            statistics: what :meth:`needs` asked for, by layer name.
+            counts: the model's parameters.
 
         Raises:
             ConfigError: a rank above min(out, in) of its layer.
@@ -112,8 +174,17 @@ class Method(ABC, Generic[ConfigT]):
     def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
         """Return what is to stand at each name of the site. Pure: reads geometry, never values."""
 
-    def values(self, site: Site, new: Mapping[str, nn.Module]) -> None:
-        """Fill the modules that :meth:`structure` led to, by name; the site still has its old modules."""
+    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any] | None:
+        """Fill the modules that :meth:`structure` led to; the site still has its old ones.
+
+        Args:
+            site: the site.
+            new: the modules to fill, by name.
+            statistics: what :meth:`needs` asked for, by layer name.
+
+        Returns:
+            Facts for the report, plain data, or None.
+        """
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -17,13 +17,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_ft import linalg
-from lowrank_ft.algorithms.base import Family, LowRankConfig, Method, Share, generator_for
+from lowrank_ft.algorithms.base import (
+    Counts,
+    Family,
+    LowRankConfig,
+    Method,
+    Share,
+    Statistics,
+    generator_for,
+)
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.layer import Layer, layer_of
@@ -156,21 +164,21 @@ class LoRAMethod(Method[LoRA]):
     def structure(self, site: Site, share: Share) -> Mapping[str, LoRANode]:
         """Return one LoRA a layer."""
         (name,), (module,) = site.names, site.modules
-        c = self.config
-        if isinstance(module, nn.Embedding) and c.dropout > 0:
+        c, rank = self.config, cast(int, share.rank)
+        if layer_of(module).kind == "embedding" and c.dropout > 0:
             raise TargetError(
                 f"{name} is an Embedding, whose input cannot be dropped. Exclude it, or set dropout=0."
             )
         anchored = c.init in ("pissa", "olora")
-        alpha = c.alpha_of(name, share.rank)
-        return {name: LoRANode(share.rank, alpha, c.scaling, c.dropout, c.dora, anchored)}
+        alpha = c.alpha_of(name, rank)
+        return {name: LoRANode(rank, alpha, c.scaling, c.dropout, c.dora, anchored)}
 
-    def plan(self, sites: Sequence[Site]) -> list[Share]:
+    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
         """Give each layer its rank."""
         check_patterns(self.config.alpha_pattern, [s.names[0] for s in sites], "alpha_pattern")
-        return super().plan(sites)
+        return super().plan(sites, statistics, counts)
 
-    def values(self, site: Site, new: Mapping[str, nn.Module]) -> None:
+    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
         """Start with ``ΔW = 0``."""
         (name,) = site.names
         delta = cast(LoRADelta, new[name])

@@ -220,13 +220,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> None:
-    if "_lowrank_ft" in model.__dict__:
+    if "_lowrank_ft" in model.__dict__ or manifest.describe(model):
         raise StateError(
             f"{directory} holds a whole model: load it onto a fresh base, not onto a wrapped model."
         )
     if hasattr(type(model), "from_pretrained"):
         loaded = cast(Any, type(model)).from_pretrained(directory).to(next(model.parameters()).device)
-        for shared in ("_modules", "_parameters", "_buffers", "config", "_lowrank_ft"):
+        for shared in ("_modules", "_parameters", "_buffers", "config", "_lowrank_ft", "_lowrank_ft_stages"):
             if shared in loaded.__dict__:
                 model.__dict__[shared] = loaded.__dict__[shared]
         return
@@ -246,12 +246,13 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
 
 
 def export_dense(model: nn.Module, directory: Path, tokenizer: Any) -> None:
-    """Write the model with its active adapters folded in, as stock weights; the model stays as it is."""
-    if not engine.hosts(model):
-        save_model(model, directory, tokenizer, None)
-        return
-    engine.merge(model)
+    """Write the model as stock weights, adapters folded in and factors multiplied out; it stays as it is."""
+    merges = bool(engine.hosts(model))
+    if merges:
+        engine.merge(model)
     try:
-        save_model(model, directory, tokenizer, None)
+        with engine.multiplied_out(model):
+            save_model(model, directory, tokenizer, None)
     finally:
-        engine.unmerge(model)
+        if merges:
+            engine.unmerge(model)

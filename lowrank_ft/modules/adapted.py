@@ -15,6 +15,7 @@ from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.fused import low_rank_linear
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.modules.lowrank import LowRank
 from lowrank_ft.registry import register_node
 
 
@@ -82,11 +83,19 @@ class Adapted(Host):
         return out if gain is None else self._rescale(out, gain)
 
     def merged(self) -> nn.Module:
-        """Return a stock layer with the active adapters in its weight, summed in float32, rounded once."""
+        """Return the layer with the active adapters in its weight, summed in float32, rounded once.
+
+        Factors that a compressor left stay factors, of a larger rank, where every update is low-rank.
+        """
         deltas = cast("tuple[Delta, ...]", self.running)
         if not deltas:
             return self.base
         with torch.no_grad():
+            if isinstance(self.base, LowRank) and not deltas[0].rescales:
+                forms = [form for delta in deltas if (form := delta.as_lora()) is not None]
+                if len(forms) == len(deltas):
+                    A, B, scale = _joined(forms)
+                    return self.base.widened(B * scale, A)
             weight = self.layer.matrix()
             total = weight.to(torch.promote_types(weight.dtype, torch.float32))
             for delta in deltas:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
+from lowrank_ft.modules.replacement import Replacement
 
 
 class Layer(ABC):
@@ -272,6 +273,8 @@ def find_layer(module: nn.Module) -> Layer | None:
     """Like :func:`layer_of`, but None for modules that cannot be adapted."""
     if type(module).__module__.startswith("bitsandbytes."):
         return None
+    if isinstance(module, Replacement):
+        return module.view()
     if isinstance(module, nn.Linear):
         return LinearLayer(module)
     if isinstance(module, nn.Embedding):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lowrank_ft.manifest import Node
+    from lowrank_ft.modules.layer import Layer
 
 
 class Replacement(nn.Module):
@@ -31,3 +32,7 @@ class Replacement(nn.Module):
     @abstractmethod
     def structure(self) -> Node:
         """Return the node that describes this module, read off the module itself."""
+
+    def view(self) -> Layer | None:
+        """Return this module as a layer that adapters can be put on, or None where it is none."""
+        return None

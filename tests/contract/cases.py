@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_ft
-from lowrank_ft.algorithms.base import LowRankConfig
+from lowrank_ft.algorithms.base import CompressorConfig, Family, LowRankConfig
 from lowrank_ft.registry import methods
 from tests.tiny import TINY, Tiny, perturb
 
@@ -24,7 +24,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "olora": {"init": "olora"},
         "dora": {"dora": True},
         "dora-pissa": {"dora": True, "init": "pissa", "alpha": 5.0},
-    }
+    },
+    "lord": {
+        "output": {"objective": "output"},
+        "weight": {"objective": "weight"},
+        "centered": {"centered": True},
+        "uncentered": {"centered": False},
+        "sequential": {"calibration": {"sequential": True}},
+    },
 }
 VARIANT_MODELS = ("llama", "gpt2", "resnet")
 
@@ -43,15 +50,33 @@ class Case:
     def tiny(self) -> Tiny:
         return TINY[self.model]
 
+    @property
+    def compresses(self) -> bool:
+        return methods[self.method].family is Family.COMPRESSOR
+
     def targets(self) -> Any:
+        if self.compresses:
+            return "all-conv" if self.model == "resnet" else "all-linear"
         if self.options.get("dropout"):  # token ids cannot be dropped
             return "all-conv" if self.model == "resnet" else "all-linear"
         return self.tiny.targets
 
     def wrap(self, model: nn.Module, name: str = "default", **more: Any) -> nn.Module:
-        return lowrank_ft.wrap(
-            model, self.method, name=name, targets=self.targets(), **{**self.options, **more}
-        )
+        options = {**self.options, **more}
+        cls = methods[self.method]
+        if cls(cls.Config(**{k: v for k, v in options.items() if k in ("objective",)})).needs():
+            options.setdefault("data", self.data(next(model.parameters()).dtype))
+        return lowrank_ft.wrap(model, self.method, name=name, targets=self.targets(), **options)
+
+    def data(self, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
+        """Calibration batches, enough that no second moment is singular."""
+        batches = []
+        for seed in range(4):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                batch = self.tiny.batch()
+            batches.append({k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()})
+        return batches
 
     def wrapped(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Module:
         return self.wrap(self.tiny.model(dtype), name)
@@ -61,7 +86,9 @@ class Case:
 
 
 def _options(method: str) -> dict[str, Any]:
-    return {"rank": 2} if issubclass(methods[method].Config, LowRankConfig) else {}
+    if issubclass(methods[method].Config, LowRankConfig):
+        return {"rank": 2}
+    return {"ratio": 0.3, "align": 1} if issubclass(methods[method].Config, CompressorConfig) else {}
 
 
 def cases_of(method: str) -> list[Case]:
@@ -73,3 +100,5 @@ def cases_of(method: str) -> list[Case]:
 
 
 CASES = [case for method in methods for case in cases_of(method)]
+# ResNet is made of convolutions, which linear factors cannot replace: a test of its own.
+COMPRESSING = [case for case in CASES if case.compresses and case.model != "resnet"]

@@ -1,4 +1,4 @@
-"""What every method promises on every model. The cases come from the registry."""
+"""What every adapter promises on every model. The cases come from the registry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from lowrank_ft.registry import methods
 from tests.contract.cases import CASES, Case
 from tests.tiny import logits, perturb
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
 adapters = [case for case in CASES if methods[case.method].family is Family.ADAPTER]
 every_adapter = pytest.mark.parametrize("case", adapters, ids=str)
 
@@ -112,7 +111,7 @@ def test_saves_and_reloads_with_equal_logits(case: Case, tmp_path: Path) -> None
     assert first == second
 
 
-@every_case
+@every_adapter
 def test_its_own_save_pretrained_reloads_with_equal_logits(case: Case, tmp_path: Path) -> None:
     model, batch = case.trained(), case.tiny.inputs()
     model.save_pretrained(tmp_path)
@@ -245,7 +244,7 @@ def test_a_copied_model_is_independent(case: Case) -> None:
     assert torch.equal(logits(model, batch), before)
 
 
-@every_case
+@every_adapter
 def test_bad_input_changes_nothing(case: Case) -> None:
     model = case.tiny.model()
     before, flags = state(model), [p.requires_grad for p in model.parameters()]

@@ -1,0 +1,193 @@
+"""LoRD: every layer becomes two thin factors, chosen by what the layer's outputs are on real data.
+
+With ``μ = E[x]`` and ``C = E[(x − μ)(x − μ)ᵀ]``, the factors minimise ``‖(W − B A) C^½‖_F`` and the bias
+takes the mean, ``b' = b + (W − B A) μ``. For ``U`` the leading eigenvectors of the outputs' covariance
+``W C Wᵀ`` this is atomic feature mimicking: ``A = Uᵀ W``, ``B = U`` (LoRD: Kaushal, Vaidhya and Rish 2023,
+arXiv 2309.14021, section 3; AFM: Yu and Wu 2023). Uncentred, with ``C = E[x xᵀ]``, it is the activation-aware
+decomposition that others call whitened SVD.
+
+Our default weighs outputs by what they do to the loss: with ``G`` the second moment of the loss's gradient at
+the outputs, ``½ ‖G^½ (W − B A) C^½‖²_F`` is, to second order and with the Fisher matrix factored by layer,
+the rise of the loss in nats per token. In that one currency ranks of all layers compete for one budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+
+from lowrank_ft import linalg
+from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
+from lowrank_ft.allocation import Option, allocate, uniform
+from lowrank_ft.calibration.statistics import SiteStatistics
+from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.modules.layer import Layer, layer_of
+from lowrank_ft.modules.lowrank import LowRank, LowRankNode, supports_low_rank
+from lowrank_ft.registry import register_method
+from lowrank_ft.sites import Site
+
+GRADIENT_RIDGE = 1e-4  # a few thousand tokens leave G rank-deficient or nearly so
+
+
+@dataclass(frozen=True)
+class LoRD(CompressorConfig):
+    """LoRD: replace layers by two thin factors that keep what their outputs do on real data."""
+
+    objective: Literal["loss", "output", "weight"] = "loss"
+    """What to keep: the model's loss (one backward pass), the layers' outputs (the paper), or the weights
+    themselves (plain SVD, no data)."""
+    allocation: Literal["loss", "uniform"] | None = None
+    """How ranks share the budget: by predicted loss, or the same ratio for every layer; by default as the
+    objective allows."""
+    centered: bool | None = None
+    """Let the bias take the mean output, so that the factors spend nothing on it (AFM). By default where a
+    layer has a bias; True gives every layer one, which stock models of some families cannot hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allocation == "loss" and self.objective != "loss":
+            raise ConfigError(
+                "allocation='loss' needs objective='loss': errors of outputs or weights in different layers "
+                "cannot be compared, and spending a budget by them is worse than uniform ranks."
+            )
+
+
+@register_method
+class LoRDMethod(Method[LoRD]):
+    """Low-rank decomposition of linear layers and embeddings."""
+
+    name = "lord"
+    family = Family.COMPRESSOR
+    Config = LoRD
+
+    def needs(self) -> frozenset[Need]:
+        """Nothing for plain SVD; inputs; gradients too for the loss."""
+        return {
+            "weight": frozenset[Need](),
+            "output": frozenset({Need.INPUT}),
+            "loss": frozenset({Need.INPUT, Need.OUTPUT_GRADIENT}),
+        }[self.config.objective]
+
+    def check(self, site: Site) -> None:
+        """Refuse what cannot become two factors."""
+        layer = layer_of(site.modules[0], site.names[0])
+        if not supports_low_rank(layer):
+            raise TargetError(
+                f"{site.names[0]} is a {type(layer.module).__name__}, which {self.name!r} cannot factor: "
+                f"linear layers and plain embeddings can be. Exclude it."
+            )
+
+    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+        """Spend the budget.
+
+        Raises:
+            ConfigError: a budget that these layers cannot meet.
+        """
+        options, dense = {}, {}
+        for site in sites:
+            name = site.names[0]
+            layer = layer_of(site.modules[0])
+            dense[name] = layer.out_features * layer.in_features + _bias_size(layer)
+            options[name] = self._options(layer, self._decompose(layer, statistics.get(name)))
+        whole = counts.total if self.config.ratio_of == "total" else counts.blocks
+        budget = sum(dense.values()) - round(self.config.ratio * whole)
+        if budget <= 0:
+            raise ConfigError(
+                f"Removing {self.config.ratio:.0%} of {whole:,} parameters is more than the targeted layers "
+                f"have ({sum(dense.values()):,}). Lower the ratio, or target more layers (embeddings?)."
+            )
+        by_loss = self.config.allocation == "loss" or (
+            self.config.allocation is None and self.config.objective == "loss"
+        )
+        chosen = allocate(options, budget) if by_loss else uniform(options, dense, budget)
+        return [Share(chosen[s.names[0]].rank, self._predicted(chosen[s.names[0]])) for s in sites]
+
+    def structure(self, site: Site, share: Share) -> Mapping[str, LowRankNode]:
+        """Return two factors, or nothing where the layer stays dense."""
+        if share.rank is None:
+            return {}
+        layer = layer_of(site.modules[0])
+        bias = layer.bias is not None or self._centers(layer)
+        return {site.names[0]: LowRankNode(share.rank, bias)}
+
+    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
+        """Fill the factors and the bias, and report what they leave."""
+        (name,) = site.names
+        layer, module = layer_of(site.modules[0]), cast(LowRank, new[name])
+        known = statistics.get(name)
+        found = self._decompose(layer, known)
+        factors = found.truncate(module.rank).balanced()
+        weight = layer.matrix().double()
+        layer_of(module.second).weight.copy_(factors.B)
+        first = layer_of(module.first)
+        first.weight.copy_(first.to_weight(factors.A))
+        if module.bias is not None:
+            bias = torch.zeros(layer.out_features, dtype=torch.float64, device=weight.device)
+            if layer.bias is not None:
+                bias += layer.bias
+            if self._centers(layer) and known is not None:
+                mean = known.mean.to(weight.device)
+                bias += weight @ mean - factors.B @ (factors.A @ mean)
+            module.bias.copy_(bias)
+        facts: dict[str, Any] = {
+            "relative error": (found.error(module.rank) / found.total) ** 0.5 if found.total else 0.0,
+            "spectrum": _thinned((found.energies / found.total).tolist()) if found.total else [],
+        }
+        if known is not None:
+            facts["tokens"] = known.tokens
+        if found.root is not None:
+            facts.update(ridge=found.root.ridge, condition=found.root.condition, factored=found.root.method)
+        return facts
+
+    def _centers(self, layer: Layer) -> bool:
+        """Whether this layer's bias takes its mean output. An embedding's factors always can have one."""
+        if self.config.objective == "weight":
+            return False
+        wanted = self.config.centered
+        return layer.bias is not None or layer.kind == "embedding" if wanted is None else wanted
+
+    def _decompose(self, layer: Layer, known: SiteStatistics | None) -> linalg.Decomposition:
+        if known is None or self.config.objective == "weight":
+            return linalg.decompose(layer.matrix())
+        device, matrix = layer.weight.device, layer.matrix().double()
+        C, mean = known.C.to(device), known.mean.to(device)
+        centers = self._centers(layer)
+        if centers and C.dim() == 2:
+            C = C - torch.outer(mean, mean)
+        elif centers:  # of one-hot tokens: the table without its mean row has the same covariance
+            matrix = matrix - (matrix @ mean)[:, None]
+        if self.config.objective == "output":
+            return linalg.decompose(matrix, C)
+        G = None if known.G is None else known.G.to(device)
+        pulled = None if known.pulled is None else known.pulled.to(device)
+        return linalg.decompose(matrix, C, G, pulled=pulled, ridge=GRADIENT_RIDGE)
+
+    def _options(self, layer: Layer, found: linalg.Decomposition) -> list[Option]:
+        """Every aligned rank below break-even, and the layer as it is."""
+        rows, columns = layer.out_features, layer.in_features
+        dense = rows * columns + _bias_size(layer)
+        bias = rows if layer.bias is not None or self._centers(layer) else 0
+        tails = found.total - torch.cumsum(found.energies, 0)
+        options = [Option(None, dense, 0.0)]
+        step = min(self.config.align, min(rows, columns))
+        for rank in range(step, min(rows, columns) + 1, step):
+            size = rank * (rows + columns) + bias
+            if size < dense:
+                options.append(Option(rank, size, max(0.5 * float(tails[rank - 1]), 0.0)))
+        return options
+
+    def _predicted(self, option: Option) -> float | None:
+        return option.loss if self.config.objective == "loss" else None
+
+
+def _bias_size(layer: Layer) -> int:
+    return 0 if layer.bias is None else layer.out_features
+
+
+def _thinned(values: list[float], points: int = 64) -> list[float]:
+    """At most so many values, evenly spaced, for a plot."""
+    step = max(1, len(values) // points)
+    return [float(f"{value:.4g}") for value in values[::step]]

@@ -1,0 +1,127 @@
+"""Spend one budget over many layers: every layer has options, each with a size and a predicted loss."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lowrank_ft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a layer.
+
+    Attributes:
+        rank: of its factors; None leaves the layer dense.
+        size: what it costs of the budget (parameters, or bytes).
+        loss: the predicted rise of the model's loss; 0 for a dense layer.
+    """
+
+    rank: int | None
+    size: int
+    loss: float
+
+
+def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """Choose one option for each layer so that the sizes fit the budget and the losses add up to little.
+
+    The layers' lower convex hulls are walked by loss saved per unit of size, steepest first, which is the
+    Lagrangian solution; what is left of the budget then buys the best single improvements that still fit.
+
+    Args:
+        options: for each layer, at least one; the smallest of all must fit together.
+        budget: what the sizes may add up to.
+
+    Raises:
+        ConfigError: the smallest options are above the budget.
+    """
+    hulls = {name: _hull(choices) for name, choices in options.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(option.size for option in chosen.values())
+    if left < 0:
+        raise ConfigError(
+            f"The budget of {budget:,} is below {budget - left:,}, the least that these layers can have. Ask "
+            f"for a lower ratio, or target more layers."
+        )
+    steps = [(_gain(low, high), name, high) for name, hull in hulls.items() for low, high in _pairs(hull)]
+    full: set[str] = set()
+    for _, name, high in sorted(steps, key=lambda step: -step[0]):
+        cost = high.size - chosen[name].size
+        if name in full or cost > left:
+            full.add(name)  # its later steps start from this one
+            continue
+        chosen[name], left = high, left - cost
+    return _fill(options, chosen, left)
+
+
+def uniform(
+    options: Mapping[str, Sequence[Option]], dense: Mapping[str, int], budget: int
+) -> dict[str, Option]:
+    """Give every layer the same share of its dense size, rounded so that the budget is met.
+
+    Args:
+        options: for each layer, its options.
+        dense: the layers' sizes as they are.
+        budget: what the sizes may add up to.
+
+    Raises:
+        ConfigError: the smallest options are above the budget.
+    """
+    share = budget / sum(dense.values())
+    chosen = {}
+    for name, choices in options.items():
+        fitting = [option for option in choices if option.size <= share * dense[name]]
+        smallest = min(choices, key=lambda option: option.size)
+        chosen[name] = max(fitting, key=lambda option: option.size) if fitting else smallest
+    left = budget - sum(option.size for option in chosen.values())
+    if left < 0:
+        raise ConfigError(f"The budget of {budget:,} is below the least these layers can have.")
+    # Hand the rounding back, one step at a time, to those that lost most of theirs.
+    behind = sorted(options, key=lambda name: chosen[name].size - share * dense[name])
+    for name in behind:
+        larger = [o for o in options[name] if chosen[name].size < o.size <= chosen[name].size + left]
+        if larger:
+            step = min(larger, key=lambda option: option.size)
+            left -= step.size - chosen[name].size
+            chosen[name] = step
+    return chosen
+
+
+def _hull(choices: Sequence[Option]) -> list[Option]:
+    """The lower convex hull of the options, from the smallest up."""
+    hull: list[Option] = []
+    for option in sorted(choices, key=lambda o: (o.size, o.loss)):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _pairs(hull: Sequence[Option]) -> Iterator[tuple[Option, Option]]:
+    return itertools.pairwise(hull)
+
+
+def _gain(low: Option, high: Option) -> float:
+    """Loss saved per unit of size."""
+    return (low.loss - high.loss) / (high.size - low.size) if high.size > low.size else float("inf")
+
+
+def _fill(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: int) -> dict[str, Option]:
+    while True:
+        best: tuple[float, str, Option] | None = None
+        for name, choices in options.items():
+            now = chosen[name]
+            for option in choices:
+                if now.size < option.size <= now.size + left and option.loss < now.loss:
+                    gain = _gain(now, option)
+                    if best is None or gain > best[0]:
+                        best = (gain, name, option)
+        if best is None:
+            return chosen
+        _, name, option = best
+        left -= option.size - chosen[name].size
+        chosen[name] = option

@@ -1,0 +1,166 @@
+"""Calibration data: batches, a DataLoader, a dataset, a file or texts in; a list of batches out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_ft import data as datasets
+from lowrank_ft.errors import ConfigError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much calibration data to use, and how."""
+
+    samples: int = 128
+    """Sequences of calibration text."""
+    gradient_samples: int = 32
+    """How many of them the backward pass for the output gradients uses."""
+    length: int = 512
+    """Tokens of a sequence; texts are laid end to end and cut, unless the tokenizer marks their starts."""
+    batch_size: int = 4
+    """Sequences that run at a time."""
+    seed: int = 0
+    """Which sequences are drawn, where there are more than `samples`."""
+    sequential: bool = False
+    """Let every block see what its compressed predecessors give it; costs a second pass."""
+    cache: str | None = None
+    """Directory where statistics are kept for the next ratio or method, and finished layers for a resume."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "gradient_samples", "length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"calibration.{name} must be at least 1, but is {getattr(self, name)}.")
+
+
+def prepare(data: Any, tokenizer: Any, settings: Calibration) -> list[Batch]:
+    """Return calibration batches on the CPU.
+
+    Args:
+        data: batches (dicts of tensors with a batch dimension) or a DataLoader, taken as they are; texts, a
+            ``datasets.Dataset`` with a column ``text``, or the path of a file that holds one.
+        tokenizer: turns texts into tokens; batches need none.
+        settings: how many sequences, how long.
+
+    Raises:
+        ConfigError: no data, none that is understood, data that can be read only once, or no tokenizer where
+            one is needed.
+    """
+    if data is None:
+        raise ConfigError(
+            "This method looks at calibration data: pass data= (batches, texts, a dataset or a file)."
+        )
+    if isinstance(data, (str, Path)):
+        data = datasets.read(str(data), None, "train")
+    if isinstance(data, Iterable) and iter(data) is data:
+        raise ConfigError(
+            "The calibration data can be read only once (an iterator): pass a list or a DataLoader."
+        )
+    rows = _texts(data)
+    batches = _from_texts(rows, tokenizer, settings) if rows is not None else _as_they_are(data, settings)
+    if not batches or count_tokens(batches) == 0:
+        raise ConfigError("The calibration data has no tokens.")
+    return batches
+
+
+def _texts(data: Any) -> Sequence[str] | None:
+    """The texts in ``data``, or None where it holds batches."""
+    if hasattr(data, "column_names"):
+        if "text" not in data.column_names:
+            raise ConfigError(f"The calibration dataset has no column 'text', but {data.column_names}.")
+        return list(data["text"])
+    if isinstance(data, Sequence) and data and isinstance(data[0], str):
+        return data
+    return None
+
+
+def _as_they_are(data: Any, settings: Calibration) -> list[Batch]:
+    batches = []
+    for batch in data:
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"Calibration batches must be dicts of tensors or texts, but one is a {type(batch).__name__}."
+            )
+        batches.append({key: value for key, value in batch.items() if isinstance(value, Tensor)})
+    return batches
+
+
+def _from_texts(texts: Sequence[str], tokenizer: Any, settings: Calibration) -> list[Batch]:
+    if tokenizer is None:
+        raise ConfigError("Texts need a tokenizer: pass tokenizer=.")
+    generator = torch.Generator().manual_seed(settings.seed)
+    if getattr(tokenizer, "cls_token_id", None) is None:
+        blocks = _packed(texts, tokenizer, settings.length)
+    else:  # an encoder's texts each begin with their own mark
+        encoded = tokenizer(list(texts), truncation=True, max_length=settings.length)["input_ids"]
+        blocks = [ids for ids in encoded if ids]
+    order = torch.randperm(len(blocks), generator=generator).tolist()[: settings.samples]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    chosen = [blocks[i] for i in order]
+    return [
+        _padded(chosen[i : i + settings.batch_size], padding)
+        for i in range(0, len(chosen), settings.batch_size)
+    ]
+
+
+def _packed(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], *end]]
+    whole = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return whole or ([ids] if ids else [])
+
+
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+    }
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """Return which positions of a batch are real, ``(batch, tokens)``, or None where all are."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+def count_tokens(batches: Iterable[Batch]) -> int:
+    """Return the number of real tokens (positions; images, where there are no tokens)."""
+    total = 0
+    for batch in batches:
+        mask = mask_of(batch)
+        ids = batch.get("input_ids", next(iter(batch.values())))
+        are_ids = ids.dim() == 2 and not ids.is_floating_point()
+        total += int(mask.sum()) if mask is not None else ids.numel() if are_ids else ids.shape[0]
+    return total
+
+
+def take(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """Return the first ``samples`` sequences."""
+    taken: list[Batch] = []
+    for batch in batches:
+        size = next(iter(batch.values())).shape[0]
+        if samples <= 0:
+            break
+        taken.append({key: value[:samples] for key, value in batch.items()})
+        samples -= size
+    return taken
+
+
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """Return a hash of everything in the batches."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key, value in sorted(batch.items()):
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

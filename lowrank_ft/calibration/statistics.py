@@ -1,0 +1,125 @@
+"""Second moments of what flows in and out of layers, gathered in float64.
+
+Float32 products of a batch at a time are added into a float64 total, one triangle only. Padding enters
+nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_ft.errors import NonFiniteError
+from lowrank_ft.modules.layer import Layer
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What is known of one layer.
+
+    Attributes:
+        tokens: how many positions ``C`` is the mean of.
+        C: second moment of the input, ``E[x xᵀ]``, ``(in, in)`` float64; for an embedding, the frequency
+            of each token, ``(in,)``, the diagonal of the same matrix.
+        mean: ``E[x]``, ``(in,)`` float64.
+        G: second moment of the output's gradient, ``(1/N) Σ g gᵀ`` with g the gradient of the loss summed
+            over its tokens; ``(out, out)`` float64. None where it was not asked for, or where ``pulled`` is.
+        pulled: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs: all that a decomposition
+            needs of G there, and never larger than the model is wide.
+    """
+
+    tokens: int
+    C: Tensor
+    mean: Tensor
+    G: Tensor | None = None
+    pulled: Tensor | None = None
+
+
+class Moments:
+    """Running second moment and mean of rows ``(tokens, n)``."""
+
+    def __init__(self, features: int, *, diagonal: bool = False) -> None:
+        self.tokens = 0
+        self.features = features
+        self.diagonal = diagonal
+        self.total = self.sum = None  # type: Tensor | None
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows: vectors, or token ids where the moment is diagonal."""
+        self.tokens += rows.shape[0]
+        if self.diagonal:
+            counts = torch.bincount(rows.reshape(-1), minlength=self.features).double()
+            self.total = counts if self.total is None else self.total.add_(counts)
+            return
+        if self.total is None or self.sum is None:
+            zero = torch.zeros((), dtype=torch.float64, device=rows.device)
+            self.total = zero.new_zeros(self.features, self.features)
+            self.sum = zero.new_zeros(self.features)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.sum += rows.sum(0, dtype=torch.float64)
+        add_gram(self.total, rows)
+
+    def second(self, name: str) -> Tensor:
+        """Return ``E[x xᵀ]`` (its diagonal, for token ids).
+
+        Raises:
+            NonFiniteError: an activation was NaN or infinite.
+        """
+        assert self.total is not None
+        if not torch.isfinite(self.total.diagonal() if self.total.dim() == 2 else self.total).all():
+            raise NonFiniteError(
+                f"The activations at {name} are NaN or infinite on the calibration data. Check the data and "
+                f"the model's dtype (float16 overflows where bfloat16 does not)."
+            )
+        if self.diagonal:
+            return self.total / self.tokens
+        lower = self.total.tril() / self.tokens
+        return lower + lower.tril(-1).T
+
+    def mean(self) -> Tensor:
+        """Return ``E[x]``; for token ids, of their one-hot vectors."""
+        if self.diagonal:
+            assert self.total is not None
+            return self.total / self.tokens
+        assert self.sum is not None
+        return self.sum / self.tokens
+
+
+def add_gram(total: Tensor, rows: Tensor, smallest: int = 256) -> None:
+    """Add the lower triangle of ``Xᵀ X`` to ``total``, in the dtype of the rows by block.
+
+    Halving the columns again and again leaves the blocks above the diagonal out: 9/16 of the full product
+    after three halvings.
+
+    Args:
+        total: ``(n, n)``, float64, changed in place.
+        rows: ``(tokens, n)``.
+        smallest: blocks of fewer columns than this are not halved.
+    """
+    n = rows.shape[1]
+    if n < 2 * smallest:
+        total += rows.T @ rows
+        return
+    half = n // 2
+    add_gram(total[:half, :half], rows[:, :half], smallest)
+    add_gram(total[half:, half:], rows[:, half:], smallest)
+    total[half:, :half] += rows[:, half:].T @ rows[:, :half]
+
+
+def rows_of(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a layer's input (or the gradient of its output) as rows, padding left out.
+
+    Args:
+        layer: whose tensor it is.
+        x: ``(batch, tokens, features)``, or anything whose last dimension is features; token ids for the
+            input of an embedding.
+        mask: ``(batch, tokens)``, true where a position is real.
+    """
+    is_ids = not x.is_floating_point()
+    positions = x.shape if is_ids else x.shape[:-1]
+    flat = x.reshape(-1) if is_ids else x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.numel() == flat.shape[0] and positions[0] in (mask.shape[0], mask.numel()):
+        flat = flat[mask.reshape(-1).to(flat.device)]
+    return flat

@@ -1,0 +1,195 @@
+"""One pass over the data, block by block: only the hidden states between two blocks are kept.
+
+The model's own forward runs, so that masks, positions and whatever else a block is given are the model's
+business. Blocks that have run are stood in for by a module that returns what they returned, and a block that
+has run ends the forward. The cost beyond a plain forward is the embedding, once for each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lowrank_ft.calibration.batches import Batch
+
+Visit = Callable[[int], None]
+
+
+class _ReachedError(Exception):
+    """Carries a block's output out of the model's forward."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+class _Ran(nn.Module):
+    """Stands for a block that has run, and returns what it returned."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not a child: what reads an attribute of the block still finds it
+        self.output: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+
+class Chain:
+    """A model whose blocks each take what the one before gives.
+
+    Attributes:
+        model: the model.
+        name: of the ModuleList that holds the blocks.
+        blocks: the ModuleList.
+    """
+
+    def __init__(self, model: nn.Module, name: str, blocks: nn.ModuleList) -> None:
+        self.model, self.name, self.blocks = model, name, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block_of(self, module: str) -> int | None:
+        """Return the index of the block that a module lies in, or None."""
+        if not module.startswith(f"{self.name}."):
+            return None
+        return int(module.removeprefix(f"{self.name}.").partition(".")[0])
+
+    def run(self, index: int, batch: Batch, before: Any) -> Any:
+        """Run one block on what the block before it returned, and return its output.
+
+        Args:
+            index: which block; ``len(self)`` runs what comes after the last one, and returns the model's
+                output.
+            batch: the model's inputs.
+            before: output of block ``index − 1``; None for block 0.
+        """
+        if index == len(self):
+            with self._stand_ins(index, before):
+                return forward(self.model, batch)
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise _ReachedError(output)
+
+        handle = self.blocks[index].register_forward_hook(stop)
+        try:
+            with self._stand_ins(index, before):
+                forward(self.model, batch)
+        except _ReachedError as reached:
+            return reached.output
+        finally:
+            handle.remove()
+        raise RuntimeError(f"The forward never reached block {index} of {self.name}.")
+
+    @contextmanager
+    def _stand_ins(self, upto: int, output: Any) -> Iterator[None]:
+        real = list(self.blocks)
+        try:
+            for i in range(upto):
+                stand_in = _Ran(real[i])
+                stand_in.output = output
+                self.blocks._modules[str(i)] = stand_in
+            yield
+        finally:
+            for i in range(upto):
+                self.blocks._modules[str(i)] = real[i]
+
+
+def find_chain(model: nn.Module, batch: Batch) -> Chain | None:
+    """Return the model's chain of blocks, or None where it has none.
+
+    The candidate is the outermost ``ModuleList`` with the most parameters; one forward tells whether its
+    blocks really take each other's output and nothing else that changes.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in lists)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
+            lists[name] = module
+    if not lists:
+        return None
+    name = max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+    blocks = lists[name]
+    inputs: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
+    handles = []
+    for i, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(_recorder(inputs, i), with_kwargs=True))
+        handles.append(block.register_forward_hook(lambda m, a, out, i=i: outputs.setdefault(i, out)))
+    try:
+        with torch.no_grad():
+            forward(model, {key: value[:1] for key, value in batch.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(inputs) != len(blocks) or len(outputs) != len(blocks):
+        return None
+    chained = all(hidden_of(outputs[i]) is inputs[i + 1] for i in range(len(blocks) - 1))
+    return Chain(model, name, blocks) if chained else None
+
+
+def _recorder(inputs: dict[int, Any], index: int) -> Callable[[Any, Any, Any], None]:
+    def record(module: Any, args: Any, kwargs: Any) -> None:
+        inputs[index] = args[0] if args else kwargs.get("hidden_states")
+
+    return record
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states in what a block returned."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch, on its own device, without its loss and without a cache."""
+    parameter = next(model.parameters())
+    inputs = {
+        key: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        for key, value in batch.items()
+        if key != "labels"
+    }
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", None):
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    return model(**inputs)
+
+
+def offload(output: Any) -> Any:
+    """Return what a block returned with its tensors detached and on the CPU."""
+    return pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, output)
+
+
+def onload(output: Any, device: torch.device, *, leaf: bool = False) -> Any:
+    """Undo :func:`offload`; with ``leaf`` the hidden states ask for a gradient."""
+    moved = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, output)
+    if leaf:
+        fresh = hidden_of(moved).detach().requires_grad_(True)
+        return fresh if isinstance(moved, Tensor) else (fresh, *moved[1:])
+    return moved
+
+
+@contextmanager
+def hooks(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove these hooks after the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_block(chain: Chain | None, names: Sequence[str]) -> Mapping[int | None, list[str]]:
+    """Sort module names by the block they lie in; None for those outside all blocks."""
+    groups: dict[int | None, list[str]] = {}
+    for name in names:
+        groups.setdefault(None if chain is None else chain.block_of(name), []).append(name)
+    return groups

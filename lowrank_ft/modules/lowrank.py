@@ -1,0 +1,250 @@
+"""What a compressor leaves of a layer: two thin factors in a row."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_ft.errors import TargetError
+from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.modules.layer import EmbeddingLayer, Layer, LinearLayer, layer_of
+from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.registry import register_node
+
+
+@register_node
+@dataclass(frozen=True)
+class LowRankNode(Node):
+    """A linear layer or an embedding as ``y = second(first(x))``.
+
+    ``first`` maps ``in → rank`` without bias (for an embedding it is a table of ``rank`` columns),
+    ``second`` maps ``rank → out``.
+    """
+
+    kind: ClassVar[str] = "lowrank"
+    rank: int
+    bias: bool = False
+    first: Node = field(default_factory=DenseNode)
+    second: Node = field(default_factory=DenseNode)
+
+    def build(self, module: nn.Module) -> LowRank:
+        """Build both factors for the layer ``module``.
+
+        Raises:
+            TargetError: a convolution, or an embedding whose forward does more than look up.
+        """
+        layer = layer_of(module)
+        if not supports_low_rank(layer):
+            raise TargetError(
+                f"A {type(module).__name__} cannot become two linear factors: linear layers and plain "
+                f"embeddings can. Exclude it."
+            )
+        weight = layer.weight
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        if layer.kind == "embedding":
+            # A table of zeros would not save the cost of the random one that nn.Embedding draws.
+            first: nn.Module = nn.Embedding(
+                layer.in_features,
+                self.rank,
+                padding_idx=cast(nn.Embedding, module).padding_idx,
+                _weight=torch.empty(layer.in_features, self.rank, **place),
+            )
+        else:
+            first = _empty_linear(layer.in_features, self.rank, False, place)
+        second = _empty_linear(self.rank, layer.out_features, self.bias, place)
+        return LowRank(self.first.build(first), self.second.build(second), module)
+
+
+def supports_low_rank(layer: Layer) -> bool:
+    """Whether a layer can stand as two linear factors."""
+    if layer.kind == "embedding":
+        return type(layer.module).forward is nn.Embedding.forward
+    return layer.kind in ("linear", "transposed-linear")
+
+
+def _empty_linear(in_features: int, out_features: int, bias: bool, place: dict[str, Any]) -> nn.Linear:
+    shell = nn.Linear(in_features, out_features, bias, device="meta", dtype=place["dtype"])
+    return shell.to_empty(device=place["device"])
+
+
+class LowRank(Replacement):
+    """Two factors where one layer stood.
+
+    Attributes:
+        first: ``in → rank``; a table of ``rank`` columns where an embedding stood.
+        second: ``rank → out``, with the layer's bias.
+        kind: which kind of layer stood here.
+        adds_bias: whether the second factor has a bias where the stock layer had none.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module, stock: nn.Module) -> None:
+        layer = layer_of(stock)
+        super().__init__(layer.weight)
+        self.first, self.second = first, second
+        self.kind = layer.kind
+        self.adds_bias = self.kind == "linear" and layer.bias is None and self.bias is not None
+        self.train(stock.training)
+
+    def structure(self) -> LowRankNode:
+        """Return the node of this layer."""
+        return LowRankNode(
+            rank=self.rank,
+            bias=self.bias is not None,
+            first=_node(self.first),
+            second=_node(self.second),
+        )
+
+    @property
+    def rank(self) -> int:
+        """Width between the factors."""
+        return layer_of(self.second).in_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the second factor."""
+        return layer_of(self.second).bias
+
+    @property
+    def in_features(self) -> int:
+        """Input features, or the vocabulary's size."""
+        return layer_of(self.first).in_features
+
+    @property
+    def out_features(self) -> int:
+        """Output features."""
+        return layer_of(self.second).out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both factors."""
+        return cast(Tensor, self.second(self.first(x)))
+
+    def view(self) -> Layer:
+        """Return the view under which adapters are put on this layer."""
+        return FactoredEmbedding(self) if self.kind == "embedding" else FactoredLinear(self)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``B (out, rank)`` and ``A (rank, in)``, of which the layer's matrix is the product."""
+        return layer_of(self.second).matrix(), layer_of(self.first).matrix()
+
+    def dense(self, matrix: Tensor | None = None) -> nn.Module:
+        """Return one stock layer in place of the factors.
+
+        Args:
+            matrix: ``(out, in)``, its weight; by default the factors multiplied out in at least float32 and
+                rounded once.
+        """
+        dtype = layer_of(self.first).weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        bias = self.bias
+        with torch.no_grad():
+            if matrix is None:
+                B, A = self.factors()
+                matrix = B.to(wide) @ A.to(wide)
+            if self.kind == "embedding" and bias is not None:  # a row of the table is one token's output
+                matrix, bias = matrix.to(wide) + bias.to(wide)[:, None], None
+            weight = nn.Parameter(
+                matrix.to(dtype) if self.kind == "linear" else matrix.T.to(dtype).contiguous()
+            )
+        stock = self._stock_shell()
+        stock.weight = weight
+        if self.kind != "embedding" and bias is not None:
+            stock.bias = nn.Parameter(bias.detach().clone())
+        return stock.requires_grad_(self._trains()).train(self.training)
+
+    def _stock_shell(self) -> nn.Module:
+        """A layer of the kind that stood here, its weight to be filled."""
+        if self.kind == "embedding":
+            padding = cast(nn.Embedding, self.first).padding_idx
+            nothing = torch.empty(self.in_features, self.out_features, device="meta")
+            return nn.Embedding(self.in_features, self.out_features, padding, _weight=nothing)
+        if self.kind == "linear":
+            return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):  # no random start is drawn there
+            shell: nn.Module = Conv1D(self.out_features, self.in_features)
+        shell.bias = nn.Parameter(self.weight.new_zeros(self.out_features))  # Conv1D always has one
+        return shell
+
+    def widened(self, B: Tensor, A: Tensor) -> LowRank:
+        """Return a layer like this one with ``B A`` added to its matrix, by a larger rank.
+
+        Args:
+            B: ``(out, more)``.
+            A: ``(more, in)``.
+        """
+        old_B, old_A = self.factors()
+        wide_B, wide_A = torch.cat([old_B, B.to(old_B.dtype)], 1), torch.cat([old_A, A.to(old_A.dtype)])
+        first = layer_of(self.first).clone_with(wide_A.detach())
+        second = layer_of(self.second).clone_with(wide_B.detach())
+        for module in (first, second):
+            _match_sizes(module)
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "first": first, "second": second}
+        return twin.requires_grad_(self._trains())
+
+    def _trains(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
+
+
+def _node(module: nn.Module) -> Node:
+    return module.structure() if isinstance(module, Replacement) else DenseNode()
+
+
+def _match_sizes(module: nn.Module) -> None:
+    """Make the sizes that a layer states those of its weight."""
+    rows, columns = cast(Tensor, module.weight).shape
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = rows, columns
+    else:
+        linear = cast(nn.Linear, module)
+        linear.out_features, linear.in_features = rows, columns
+
+
+class _Factored(Layer):
+    """What the views of both kinds share: the matrix is a product, and the weight is the first factor."""
+
+    def __init__(self, module: LowRank) -> None:
+        Layer.__init__(self, module)
+        self.factored = module
+        self.out_features, self.in_features = module.out_features, module.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The first factor, for its dtype and device."""
+        return layer_of(self.factored.first).weight
+
+    @property
+    def is_stock(self) -> bool:
+        """False: no kernel may read the weight and skip the module."""
+        return False
+
+    def matrix(self) -> Tensor:
+        """The product of the factors."""
+        B, A = self.factored.factors()
+        return B @ A
+
+    def clone_with(self, matrix: Tensor) -> nn.Module:
+        """Return a stock layer with this matrix."""
+        return self.factored.dense(matrix)
+
+
+class FactoredLinear(_Factored, LinearLayer):
+    """A factored linear layer, seen as a layer."""
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply a weight to ``x``."""
+        return F.linear(x, weight)
+
+
+class FactoredEmbedding(_Factored, EmbeddingLayer):
+    """A factored embedding, seen as a layer."""
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Look ``x`` up in a table."""
+        return F.embedding(x, weight, cast(nn.Embedding, self.factored.first).padding_idx)

@@ -1,0 +1,274 @@
+"""Run a compressor: statistics, plan, values, and the journal that makes it resumable.
+
+The engine still makes every change; this file decides when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from lowrank_ft import config as configs
+from lowrank_ft import engine, layouts
+from lowrank_ft.algorithms.base import Counts, Method, Need, Share
+from lowrank_ft.calibration import batches as batching
+from lowrank_ft.calibration import collect, stream
+from lowrank_ft.calibration.batches import Batch
+from lowrank_ft.calibration.store import Store
+from lowrank_ft.checkpoint import base_model
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.sites import Site
+
+
+@dataclass
+class Run:
+    """One compression in progress.
+
+    Attributes:
+        model: the model.
+        method: the compressor.
+        chosen: its sites.
+        batches: calibration data; empty where the method needs none.
+        chain: the model's blocks, if it has a chain of them.
+        root: where statistics and finished layers are kept.
+        key: hash of the model, the data and the sites.
+    """
+
+    model: nn.Module
+    method: Method[Any]
+    chosen: list[Site]
+    batches: list[Batch]
+    chain: stream.Chain | None
+    root: Path
+    key: str
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The targeted layers by name."""
+        return {n: m for site in self.chosen for n, m in zip(site.names, site.modules, strict=True)}
+
+
+def compress(
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[Site],
+    data: Any,
+    tokenizer: Any,
+    loss: collect.Loss | None,
+) -> list[dict[str, Any]]:
+    """Replace the layers of ``chosen`` by what ``method`` makes of them; return facts on each.
+
+    Raises:
+        ConfigError: data that is missing, or not looked at; a budget that cannot be met.
+        NonFiniteError: activations that are not finite.
+        StateError: the model carries adapters, or shares a weight that is to be replaced.
+    """
+    engine.check_can_compress(model, chosen)
+    for site in chosen:
+        method.check(site)
+    settings = method.config.calibration
+    needs = method.needs()
+    if not needs and data is not None:
+        raise ConfigError(f"The method {method.name!r} with these options looks at no data: leave out data=.")
+    batches = batching.prepare(data, tokenizer, settings) if needs else []
+    chain = stream.find_chain(model, batches[0]) if batches else None
+    was_training = model.training
+    model.eval()
+    try:
+        with _cache(settings.cache) as root, torch.no_grad():
+            run = Run(model, method, chosen, batches, chain, root, _key(model, chosen, batches))
+            return _run(run, needs, loss)
+    finally:
+        model.train(was_training)
+
+
+def _cache(directory: str | None) -> AbstractContextManager[Path]:
+    """The directory that was asked for, or one that is gone afterwards."""
+    if directory is not None:
+        return nullcontext(Path(directory))
+    return _temporary()
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None) -> list[dict[str, Any]]:
+    method, settings = run.method, run.method.config.calibration
+    store = Store(run.root / f"statistics-{run.key}")
+    if Need.INPUT in needs:
+        collect.inputs(run.model, run.chain, run.modules, run.batches, store)
+    if Need.OUTPUT_GRADIENT in needs:
+        few = batching.take(run.batches, settings.gradient_samples)
+        collect.gradients(run.model, run.chain, run.modules, few, store, loss)
+    counts = count(run.model)
+    shares = method.plan(run.chosen, store, counts)
+    journal = Journal(run, shares)
+    plan = {site.names[0]: (site, share) for site, share in zip(run.chosen, shares, strict=True)}
+    if not settings.sequential or not needs:
+        facts = [
+            _solve(run, site, share, store, journal)
+            for site, share in tqdm(plan.values(), desc="Compressing", unit="layer", leave=False)
+        ]
+        engine.replace(
+            run.model, {name: new for new_modules, _ in facts for name, new in new_modules.items()}
+        )
+        return [row for _, row in facts]
+    return _sequential(run, plan, store, journal)
+
+
+def _solve(
+    run: Run, site: Site, share: Share, statistics: Mapping[str, Any], journal: Journal
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Build and fill what stands at one site; from the journal where it was finished before."""
+    nodes = run.method.structure(site, share)
+    modules = dict(zip(site.names, site.modules, strict=True))
+    row: dict[str, Any] = {
+        "module": site.names[0],
+        "role": site.role,
+        "rank": share.rank,
+        "parameters before": sum(p.numel() for m in site.modules for p in m.parameters()),
+        "predicted": share.predicted,
+    }
+    new = {name: node.build(modules[name]) for name, node in nodes.items()}
+    if new:
+        found = journal.read(site.names[0], new)
+        if found is None:
+            found = dict(run.method.values(site, new, statistics) or {})
+            journal.write(site.names[0], new, found)
+        row.update(found)
+        for name, module in new.items():
+            module.requires_grad_(any(p.requires_grad for p in modules[name].parameters()))
+    row["parameters"] = sum(p.numel() for name, m in {**modules, **new}.items() for p in m.parameters())
+    return new, row
+
+
+def _sequential(
+    run: Run, plan: Mapping[str, tuple[Site, Share]], store: Store, journal: Journal
+) -> list[dict[str, Any]]:
+    """Compress block by block, each on what its compressed predecessors give it."""
+    if run.chain is None:
+        raise ConfigError(
+            "calibration.sequential needs a model with a chain of blocks, and this one has none."
+        )
+    rows: dict[str, dict[str, Any]] = {}
+    originals = dict(run.modules)
+    fresh = Store(journal.directory)
+    both = _Sequential(fresh, store)
+
+    def after(names: Sequence[str]) -> bool:
+        for name in names:
+            if name in plan:
+                site, share = plan[name]
+                new, rows[name] = _solve(run, site, share, both, journal)
+                engine.replace(run.model, new)
+        return bool(names)
+
+    try:
+        collect.inputs(run.model, run.chain, run.modules, run.batches, fresh, after)
+    except BaseException:
+        engine.put_back(run.model, originals)
+        raise
+    return [rows[name] for name in plan]
+
+
+class _Sequential(Mapping[str, Any]):
+    """Inputs as the compressed predecessors give them, output gradients as the dense model had them."""
+
+    def __init__(self, inputs: Store, gradients: Store) -> None:
+        self.inputs, self.gradients = inputs, gradients
+
+    def __getitem__(self, name: str) -> Any:
+        import dataclasses
+
+        dense = self.gradients[name]
+        return dataclasses.replace(self.inputs[name], G=dense.G, pulled=dense.pulled)
+
+    def __iter__(self) -> Any:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+class Journal:
+    """Finished layers on disk: a run that was killed goes on where it was, and ends with the same bits."""
+
+    def __init__(self, run: Run, shares: Sequence[Share]) -> None:
+        options = configs.to_dict(run.method.config)
+        options["calibration"] = {**options["calibration"], "cache": None}  # a cache can be moved
+        recipe = {
+            "key": run.key,
+            "method": run.method.name,
+            "options": options,
+            "ranks": [share.rank for share in shares],
+        }
+        self.directory = run.root / f"journal-{_digest(recipe)}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, modules: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> None:
+        """Write a finished site: all of it or nothing."""
+        path = self._path(name)
+        tensors = {f"{n}|{k}": t.contiguous() for n, m in modules.items() for k, t in m.state_dict().items()}
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
+        partial.replace(path)
+
+    def read(self, name: str, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """Fill the modules of a site that was finished before; None where it was not."""
+        if not self._path(name).exists():
+            return None
+        with safe_open(self._path(name), framework="pt") as file:
+            for module_name, module in modules.items():
+                state = {k: file.get_tensor(f"{module_name}|{k}") for k in module.state_dict()}
+                module.load_state_dict(state)
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+        return facts
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"site-{name}.done"
+
+
+def count(model: nn.Module) -> Counts:
+    """Count a model's parameters: all of them, and those in its blocks (all but embeddings and head).
+
+    Tied weights count once.
+    """
+    total = {id(p): p.numel() for p in model.parameters()}
+    heads = layouts.head_names(model)
+    outside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or name in heads:
+            outside |= {id(p) for p in module.parameters()}
+    return Counts(total=sum(total.values()), blocks=sum(n for key, n in total.items() if key not in outside))
+
+
+def _key(model: nn.Module, chosen: Sequence[Site], batches: Sequence[Batch]) -> str:
+    tensors = {k: t for k, t in engine.stock_tensors(model).items() if t.is_floating_point()}
+    dtypes = sorted({str(t.dtype) for t in tensors.values()})
+    return _digest(
+        {
+            "model": base_model.digest(tensors),
+            "dtypes": dtypes,
+            "sites": [site.names for site in chosen],
+            "data": batching.fingerprint(batches),
+        }
+    )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

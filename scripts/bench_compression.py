@@ -1,0 +1,197 @@
+"""Perplexity of compressed SmolLM2: plain SVD, LoRD as published, and LoRD with ranks by predicted loss.
+
+Calibrated on Wikipedia; measured on held-out articles of Wikipedia and on the Brown corpus, in windows of
+512 tokens whose first token is not scored, spread evenly over each corpus. ``ratio`` is the share of the
+parameters in blocks that was removed. Rows that are in the results file already are not run again.
+
+    python scripts/prepare_assets.py .cache/assets --brown
+    python scripts/bench_compression.py --results docs/results/lord_smollm2.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lowrank_ft
+from lowrank_ft.pipeline import count
+
+LENGTH = 512
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain SVD": {"objective": "weight"},
+    "LoRD, uniform (the paper)": {"objective": "output", "centered": True},
+    "LoRD, by loss": {},
+    "LoRD, by loss, sequential": {},
+    "LoRD, by loss, then LoRA": {},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    method: str
+    ratio: float
+    draw: int = 0
+
+
+def rows() -> Iterator[Row]:
+    """All rows, the most telling first."""
+    by_loss, paper, svd, sequential, recovered = (
+        "LoRD, by loss",
+        "LoRD, uniform (the paper)",
+        "plain SVD",
+        "LoRD, by loss, sequential",
+        "LoRD, by loss, then LoRA",
+    )
+    yield Row("dense", 0.0)
+    for ratio in (0.2, 0.3, 0.1, 0.4, 0.5):
+        yield Row(by_loss, ratio)
+        yield Row(paper, ratio)
+    yield Row(sequential, 0.2)
+    yield Row(sequential, 0.3)
+    yield Row(recovered, 0.3)
+    for ratio in (0.1, 0.2, 0.3, 0.4, 0.5):
+        yield Row(svd, ratio)
+    for draw in (1, 2):
+        yield Row(by_loss, 0.2, draw)
+        yield Row(paper, 0.2, draw)
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
+    parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/lord_smollm2.jsonl"))
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--gradient-samples", type=int, default=32)
+    parser.add_argument("--recovery-steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.assets / "smollm2")
+    corpora = {
+        "wikipedia": windows(texts(args.assets / "wikipedia/heldout.jsonl"), tokenizer, 24),
+        "brown": windows(texts(args.assets / "brown/heldout.jsonl"), tokenizer, 12),
+    }
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    done = (
+        [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    )
+    for row in rows():
+        key = {**asdict(row), "samples": args.samples}
+        if any(all(old.get(k) == v for k, v in key.items()) for old in done):
+            continue
+        done.append({**key, **measure(row, args, tokenizer, corpora)})
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+        print(done[-1], flush=True)
+    print(table(done))
+
+
+def measure(row: Row, args: argparse.Namespace, tokenizer: Any, corpora: dict[str, Tensor]) -> dict[str, Any]:
+    """Compress as the row says, and measure."""
+    model = AutoModelForCausalLM.from_pretrained(args.assets / "smollm2", dtype=torch.float32)
+    dense = count(model)
+    started = time.perf_counter()
+    if row.method != "dense":
+        training = texts(args.assets / "wikipedia/train.jsonl")
+        options = OPTIONS[row.method]
+        settings = {
+            "samples": args.samples,
+            "gradient_samples": args.gradient_samples,
+            "length": LENGTH,
+            "seed": row.draw,
+            "sequential": row.method.endswith("sequential"),
+            "cache": str(args.cache),
+        }
+        looks = {} if options.get("objective") == "weight" else {"data": training, "tokenizer": tokenizer}
+        lowrank_ft.wrap(model, "lord", ratio=row.ratio, calibration=settings, **options, **looks)
+        if row.method.endswith("LoRA"):
+            recover(model, windows(training, tokenizer, 10**6, 256), args.recovery_steps)
+    seconds = time.perf_counter() - started
+    now = count(model)
+    adapters = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) if row.method.endswith("LoRA") else 0
+    )
+    figures: dict[str, Any] = {
+        "removed of blocks": 1 - (now.blocks - adapters) / dense.blocks,
+        "removed of total": 1 - (now.total - adapters) / dense.total,
+        "seconds": round(seconds, 1),
+    }
+    for name, tokens in corpora.items():
+        figures[f"loss {name}"] = loss(model, tokens)
+    return figures
+
+
+def recover(model: nn.Module, tokens: Tensor, steps: int) -> None:
+    """Train a LoRA on the compressed model for a few steps of 4 × 256 tokens."""
+    lowrank_ft.wrap(model, "lora", rank=16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps, pct_start=0.1)
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+    model.train()
+    for step in range(steps):
+        batch = tokens[order[4 * step : 4 * step + 4]]
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    model.eval()
+
+
+def texts(path: Path) -> list[str]:
+    """Return the texts of a JSON-lines file."""
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def windows(documents: list[str], tokenizer: Any, count: int, length: int = LENGTH) -> Tensor:
+    """Return ``count`` windows spread evenly over documents laid end to end, ``(count, length)``."""
+    ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    blocks = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return blocks if count >= len(blocks) else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+
+
+def loss(model: nn.Module, tokens: Tensor) -> float:
+    """Return the mean loss in nats per token."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in torch.split(tokens, 4):
+            logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1)
+            total += nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """One line for each method and draw: perplexities, and the rise over dense in nats."""
+    dense = next(row for row in done if row["method"] == "dense")
+    lines = []
+    for row in sorted(done, key=lambda r: (r["ratio"], r["method"], r["draw"])):
+        line = {"method": row["method"], "removed of blocks": f"{row['removed of blocks']:.1%}"}
+        line["removed of total"] = f"{row['removed of total']:.1%}"
+        line["draw"] = row["draw"]
+        for name in ("wikipedia", "brown"):
+            line[f"{name} perplexity"] = f"{math.exp(row[f'loss {name}']):.2f}"
+            line[f"{name} rise (nats)"] = f"{row[f'loss {name}'] - dense[f'loss {name}']:.3f}"
+        lines.append(line)
+    return tabulate(lines, "keys", "github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What every compressor promises on every model. The cases come from the registry."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_ft
+from lowrank_ft import engine
+from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
+from lowrank_ft.manifest import describe
+from lowrank_ft.pipeline import count
+from tests.contract.cases import COMPRESSING, Case
+from tests.contract.test_contract import FLOAT64, assert_same_state, state
+from tests.tiny import TINY, logits, perturb
+
+every_case = pytest.mark.parametrize("case", COMPRESSING, ids=str)
+
+
+@every_case
+def test_removes_what_was_asked(case: Case) -> None:
+    plain, model = case.tiny.model(), case.wrapped()
+    before, after = count(plain), count(model)
+    # Ranks are whole numbers: what remains of the budget is too small for a step of any layer.
+    step = max(sum(layer.weight.shape) for layer in plain.modules() if isinstance(layer, nn.Linear))
+    budget = before.blocks - round(0.3 * before.blocks)
+    assert budget - step <= after.blocks <= budget
+    assert describe(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.isfinite(logits(model, case.tiny.inputs())).all()
+
+
+@every_case
+def test_the_same_run_gives_the_same_bits(case: Case) -> None:
+    first, random_state = case.wrapped(), torch.get_rng_state()
+    assert_same_state(case.wrapped(), state(first))
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_reloads_with_plain_from_pretrained(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
+    batch = case.tiny.inputs(dtype)
+    # A bare .to(bfloat16) would round the rotary frequencies as well, which from_pretrained does not.
+    case.tiny.model().save_pretrained(tmp_path / "base")
+    base = type(case.tiny.model()).from_pretrained(tmp_path / "base", dtype=dtype)
+    model = case.wrap(copy.deepcopy(base))
+    lowrank_ft.save(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for directory in ("ours", "theirs"):
+        reloaded = type(model).from_pretrained(tmp_path / directory, dtype=dtype)
+        assert_same_state(reloaded, state(model))
+        assert torch.equal(logits(copy.deepcopy(reloaded), batch), logits(model, batch))
+    onto_base = lowrank_ft.load(base, tmp_path / "ours")
+    assert torch.equal(logits(copy.deepcopy(onto_base), batch), logits(model, batch))
+
+
+@every_case
+def test_exports_as_a_stock_model(case: Case, tmp_path: Path) -> None:
+    model, batch = case.wrapped(torch.float64), case.tiny.inputs(torch.float64)
+    before = state(model)
+    with pytest.raises(StateError, match="none are active"):
+        lowrank_ft.export(model, tmp_path / "peft", "peft")
+    if case.options.get("centered") and case.model == "llama":
+        with pytest.raises(StateError, match="q_proj has a bias that .* cannot hold"):
+            lowrank_ft.export(model, tmp_path / "dense", "dense")
+        assert_same_state(model, before)
+        return
+    lowrank_ft.export(model, tmp_path / "dense", "dense")
+    assert_same_state(model, before)
+    stock = type(model).from_pretrained(tmp_path / "dense", dtype=torch.float64)
+    assert not describe(stock)
+    assert [type(m) for m in stock.modules()] == [type(m) for m in case.tiny.model().modules()]
+    torch.testing.assert_close(logits(stock, batch), logits(model, batch), **FLOAT64)
+
+
+@every_case
+def test_lora_stacks_on_it(case: Case, tmp_path: Path) -> None:
+    model, batch = case.wrapped(torch.float64), case.tiny.inputs(torch.float64)
+    compressed, before = state(model), logits(model, batch)
+    lowrank_ft.wrap(model, "lora", rank=2)
+    assert torch.equal(logits(model, batch), before)
+    perturb(model)
+    adapted = logits(model, batch)
+    assert not torch.allclose(adapted, before, **FLOAT64)
+
+    lowrank_ft.save(model, tmp_path / "stack")
+    reloaded = type(model).from_pretrained(tmp_path / "stack", dtype=torch.float64)
+    assert engine.adapter_names(reloaded) == ("default",)
+    torch.testing.assert_close(logits(copy.deepcopy(reloaded), batch), adapted, **FLOAT64)
+
+    twin = copy.deepcopy(model)
+    lowrank_ft.merge(twin)
+    torch.testing.assert_close(logits(twin, batch), adapted, **FLOAT64)
+    assert set(describe(twin)) <= set(describe(model))  # compression stays
+    lowrank_ft.unmerge(twin)
+    assert torch.equal(logits(twin, batch), adapted)
+
+    lowrank_ft.unload(model)
+    assert_same_state(model, compressed)
+    assert torch.equal(logits(model, batch), before)
+
+
+@every_case
+def test_the_factors_train(case: Case) -> None:
+    model, batch = case.wrapped().train(), case.tiny.inputs()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        torch.manual_seed(0)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@every_case
+def test_bad_input_changes_nothing(case: Case) -> None:
+    model = case.tiny.model()
+    before = state(model)
+    attempts: list[tuple[type[LowRankError], str, dict[str, object]]] = [
+        (ConfigError, "has no option 'ratoi'. Did you mean 'ratio'", {"ratoi": 0.3}),
+        (ConfigError, "between 0 and 1, but is 0.0", {"ratio": 0.0}),
+        (ConfigError, "between 0 and 1, but is 1.0", {"ratio": 1.0}),
+        (ConfigError, "below .* the least|is more than the targeted layers have", {"ratio": 0.999}),
+        (ConfigError, "align must be at least 1", {"align": 0}),
+        (ConfigError, "samples must be at least 1", {"calibration": {"samples": 0}}),
+        (TargetError, "matches no layer", {"targets": "no_such_layer"}),
+    ]
+    for error, message, change in attempts:
+        options = {"targets": case.targets(), **case.options, **change}
+        if case.options.get("objective") != "weight":
+            options["data"] = case.data()
+        with pytest.raises(error, match=message):
+            lowrank_ft.wrap(model, case.method, **options)
+        assert_same_state(model, before)
+    adapted = lowrank_ft.wrap(case.tiny.model(), "lora", rank=2)
+    with pytest.raises(StateError, match=r"carries the adapters \['default'\].*merge"):
+        case.wrap(adapted)
+    case.wrap(model)
+    with pytest.raises(StateError, match="has no adapter"):
+        lowrank_ft.unload(model)
+
+
+@pytest.mark.parametrize("method", sorted({case.method for case in COMPRESSING}))
+def test_convolutions_are_refused_by_name(method: str) -> None:
+    case = Case(method, "resnet", options={"ratio": 0.3})
+    model = TINY["resnet"].model()
+    before = state(model)
+    with pytest.raises(TargetError, match="resnet.embedder.embedder.convolution is a Conv2d"):
+        case.wrap(model)
+    assert_same_state(model, before)
