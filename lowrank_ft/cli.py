@@ -94,6 +94,12 @@ def _finetune(args: Sequence[str]) -> None:
     training.leave_process_group()
 
 
+def _compress(args: Sequence[str]) -> None:
+    from lowrank_ft import compression
+
+    compression.compress(parse(compression.CompressConfig, args, "compress"))
+
+
 def _evaluate(args: Sequence[str]) -> None:
     from lowrank_ft import evaluation
 
@@ -151,6 +157,7 @@ class Command:
 
 COMMANDS = {
     "finetune": Command("train an adapter on text, chats or labelled examples", _finetune),
+    "compress": Command("compress a model, stage by stage, and recover it", _compress),
     "evaluate": Command("measure perplexity, or lm-eval tasks", _evaluate),
     "merge": Command("fold an adapter into its base model", _merge),
     "export": Command("write an adapter for PEFT, or a whole model for everything else", _export),

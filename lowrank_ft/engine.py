@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -32,6 +32,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 QUANT_METHOD = "lowrank_ft"  # under which transformers finds the manifest in a config
 SCHEMA = 1
+_FACTS = "layers changed"
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -148,6 +149,13 @@ def disable(model: nn.Module) -> Iterator[None]:
     finally:
         for host, active in before:
             host.use(active)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Like :func:`disable`, for models that may have no adapter."""
+    with disable(model) if hosts(model) else nullcontext():
+        yield
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:
@@ -420,8 +428,16 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
 
 
 def stages_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Return what compressed a model, stage by stage: method, options, and facts on each layer."""
+    """Return what compressed a model, stage by stage: method, options, and facts on each layer.
+
+    The facts are those of this process: a checkpoint keeps methods and options.
+    """
     return list(model.__dict__.get("_lowrank_ft_stages", ()))
+
+
+def recipes_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the stages without their facts."""
+    return [{k: v for k, v in stage.items() if k != _FACTS} for stage in stages_of(model)]
 
 
 def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False) -> dict[str, nn.Module]:
@@ -512,8 +528,15 @@ def restore_structure(model: nn.Module, nodes: Mapping[str, Node]) -> None:
     ties.rename(model)
 
 
-def restore_state(model: nn.Module, active: Sequence[str], recipes: dict[str, dict[str, Any]]) -> None:
+def restore_state(
+    model: nn.Module,
+    active: Sequence[str],
+    recipes: dict[str, dict[str, Any]],
+    stages: Sequence[dict[str, Any]],
+) -> None:
     """Make a model built by :func:`restore_structure`, its weights loaded, like one just wrapped."""
+    if stages:
+        model.__dict__["_lowrank_ft_stages"] = list(stages)
     if hosts(model):
         trainable = frozenset(stock_tensors(model))
         model.__dict__["_lowrank_ft"] = State(trainable, recipes)
@@ -600,7 +623,7 @@ def _compress(
     from lowrank_ft import pipeline  # it needs this module, and only compressors need it
 
     facts = pipeline.compress(model, method, chosen, data, tokenizer, loss)
-    model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, "layers changed": facts}]
+    model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, _FACTS: facts}]
     _write_config(model)
 
 
@@ -677,6 +700,7 @@ def _write_config(model: nn.Module) -> None:
             "manifest": to_json(manifest),
             "active": list(active_adapters(model)),
             "recipes": state_of(model).recipes if hosts(model) else {},
+            "stages": recipes_of(model),
         }
     elif _is_ours(getattr(config, "quantization_config", None)):
         del config.quantization_config

@@ -94,6 +94,30 @@ def mean_loss(model: nn.Module, dataset: Any, collator: data.Collator, batch_siz
     return Loss(loss / count, int(count), accuracy)
 
 
+def window_loss(model: nn.Module, windows: Tensor, what: str, batch_size: int = 4) -> float:
+    """Return the mean loss over windows of text, in nats per token; a window's first token is not scored.
+
+    Args:
+        model: in eval mode.
+        windows: token ids, ``(windows, tokens)``.
+        what: named in errors and on the progress bar.
+        batch_size: windows that run at a time.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+    """
+    device, total = next(model.parameters()).device, 0.0
+    with torch.no_grad():
+        for batch in tqdm(torch.split(windows, batch_size), desc=f"Loss on {what}", leave=False):
+            ids = batch.to(device)
+            loss, _, _ = _sums(model(input_ids=ids).logits.float(), ids).tolist()
+            total += loss
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    if not math.isfinite(mean):
+        raise NonFiniteError(f"The loss on {what} is {mean}: the model or the data is broken.")
+    return mean
+
+
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of losses, number of labels, and number of right answers."""
     if logits.dim() == 3:  # each position predicts the next token

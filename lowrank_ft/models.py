@@ -87,6 +87,25 @@ def check_path(path: str) -> None:
         raise ConfigError(f"There is no model at {path}.")
 
 
+def load_whole(directory: str, dtype: str) -> nn.Module:
+    """Return a model from a whole-model directory, by plain ``from_pretrained`` of the class that was saved.
+
+    Raises:
+        CheckpointError: the directory is damaged, or of a class that transformers does not have.
+    """
+    cls = _class_named(checkpoint.base_of(Path(directory)).get("class", ""))
+    return cls.from_pretrained(directory, dtype=dtype_of(dtype))  # type: ignore[no-any-return]
+
+
+def _class_named(name: str) -> Any:
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CheckpointError(f"The checkpoint was made for a {name!r}, which transformers does not have.")
+    return cls
+
+
 def load_any(path: str, adapter: str, dtype: str) -> tuple[nn.Module, Any]:
     """Return the base model that an adapter was made for, with the adapter on it, and a tokenizer if any.
 
@@ -94,14 +113,9 @@ def load_any(path: str, adapter: str, dtype: str) -> tuple[nn.Module, Any]:
         ConfigError: a local path that is not there.
         CheckpointError: the adapter was made for a class that transformers does not have.
     """
-    import transformers
-
     check_path(path)
     base = checkpoint.base_of(Path(adapter))
-    name = base.get("class", "AutoModelForCausalLM")
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise CheckpointError(f"The adapter was made for a {name}, which transformers does not have.")
+    cls = _class_named(base.get("class", "AutoModelForCausalLM"))
     labels = label_options(base["labels"]) if base.get("labels") else {}
     model = cls.from_pretrained(path, dtype=dtype_of(dtype), **labels)
     checkpoint.load(model, adapter)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lowrank_ft import config as configs
-from lowrank_ft import engine, layouts
+from lowrank_ft import engine, layouts, linalg
 from lowrank_ft.algorithms.base import Counts, Method, Need, Share
 from lowrank_ft.calibration import batches as batching
 from lowrank_ft.calibration import collect, stream
@@ -29,6 +31,7 @@ from lowrank_ft.calibration.batches import Batch
 from lowrank_ft.calibration.store import Store
 from lowrank_ft.checkpoint import base_model
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.sites import Site
 
 
@@ -115,6 +118,7 @@ def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None) -> list[di
     if Need.OUTPUT_GRADIENT in needs:
         few = batching.take(run.batches, settings.gradient_samples)
         collect.gradients(run.model, run.chain, run.modules, few, store, loss)
+    _warn_of_few_tokens(run, store)
     counts = count(run.model)
     shares = method.plan(run.chosen, store, counts)
     journal = Journal(run, shares)
@@ -124,11 +128,13 @@ def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None) -> list[di
             _solve(run, site, share, store, journal)
             for site, share in tqdm(plan.values(), desc="Compressing", unit="layer", leave=False)
         ]
-        engine.replace(
-            run.model, {name: new for new_modules, _ in facts for name, new in new_modules.items()}
-        )
-        return [row for _, row in facts]
-    return _sequential(run, plan, store, journal)
+        new = {name: module for modules, _ in facts for name, module in modules.items()}
+        engine.replace(run.model, new)
+        rows = [row for _, row in facts]
+    else:
+        rows = _sequential(run, plan, store, journal)
+    journal.close()
+    return rows
 
 
 def _solve(
@@ -155,6 +161,24 @@ def _solve(
             module.requires_grad_(any(p.requires_grad for p in modules[name].parameters()))
     row["parameters"] = sum(p.numel() for name, m in {**modules, **new}.items() for p in m.parameters())
     return new, row
+
+
+def _warn_of_few_tokens(run: Run, store: Store) -> None:
+    """Warn where a second moment is singular because fewer tokens were seen than it has rows."""
+    short = []
+    for name, module in run.modules.items():
+        layer = layer_of(module)
+        if name in store and layer.kind != "embedding" and store[name].tokens < layer.in_features:
+            short.append((store[name].tokens, layer.in_features, name))
+    if short:
+        tokens, features, name = min(short)
+        warnings.warn(
+            f"The calibration data has {tokens} tokens, fewer than the {features} inputs of {name} "
+            f"({len(short)} such layers): their second moments are singular, and take a ridge of "
+            f"{linalg.factor_spd(store[name].C).ridge:.0e} where they are inverted. Use more data.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _sequential(
@@ -238,6 +262,10 @@ class Journal:
                 module.load_state_dict(state)
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
         return facts
+
+    def close(self) -> None:
+        """Forget a run that has ended: the model has its layers now."""
+        shutil.rmtree(self.directory)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"site-{name}.done"

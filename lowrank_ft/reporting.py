@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import io
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
@@ -19,6 +21,8 @@ from lowrank_ft.checkpoint import files, native
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.copied import CopiedNode
+from lowrank_ft.modules.host import Host
+from lowrank_ft.modules.lowrank import LowRankNode
 
 ADAPTER_FILES = (native.ADAPTER_FILE, files.INDEX)
 
@@ -88,17 +92,16 @@ def methods() -> dict[str, str]:
 
 def _of_model(model: nn.Module) -> Report:
     found = engine.hosts(model)
-    modules = dict(model.named_modules())
     parts = [p for host in found.values() for part in host.parts.values() for p in part.parameters()]
     rows = [
         Row(
             name,
-            layouts.role_of(name, modules[name]),
-            host.structure().kind,
-            _describe(host.structure()),
-            sum(p.numel() for p in host.parts.parameters()),
+            layouts.role_of(name, module),
+            module.structure().kind,
+            _describe(module.structure()),
+            sum(p.numel() for p in (module.parts if isinstance(module, Host) else module).parameters()),
         )
-        for name, host in found.items()
+        for name, module in manifest.replacements(model).items()
     ]
     return Report(
         source=type(model).__name__,
@@ -114,20 +117,12 @@ def _of_model(model: nn.Module) -> Report:
 
 
 def _of_directory(directory: Path) -> Report:
-    from safetensors import safe_open
-
     index = files.read_index(directory)
     structure = manifest.from_json(index.get("manifest", []))
     rows = [
         Row(name, layouts.role_of(name, nn.Identity()), node.kind, _describe(node), None)
         for name, node in structure.items()
     ]
-    count = 0
-    for name in index["files"]:
-        if name.endswith(".safetensors"):
-            with safe_open(directory / name, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                    count += torch.Size(tensors.get_slice(key).get_shape()).numel()
     return Report(
         source=str(directory),
         base=dict(index.get("base", {})),
@@ -135,7 +130,7 @@ def _of_directory(directory: Path) -> Report:
         active=list(index.get("active", [])),
         total_parameters=None,
         trainable_parameters=None,
-        adapter_parameters=count,
+        adapter_parameters=stored_numbers(directory),
         bytes=sum(facts["bytes"] for facts in index["files"].values()),
         rows=rows,
     )
@@ -146,11 +141,27 @@ def _describe(node: manifest.Node) -> dict[str, str]:
         parts: Mapping[str, manifest.Node] = node.deltas
     elif isinstance(node, CopiedNode):
         parts = node.copies
+    elif isinstance(node, LowRankNode):
+        return {"rank": str(node.rank)}
     else:
         raise CheckpointError(f"Nodes of kind {node.kind!r} cannot be reported.")
-    return {
+    described = {
         name: part.kind + (f" r={part.rank}" if hasattr(part, "rank") else "") for name, part in parts.items()
     }
+    base = cast(Any, node).base
+    return described if base.kind == "dense" else {"base": f"{base.kind} r={base.rank}", **described}
+
+
+def stored_numbers(directory: Path) -> int:
+    """Return how many numbers the safetensors files of a checkpoint hold."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                total += torch.Size(tensors.get_slice(key).get_shape()).numel()
+    return total
 
 
 def render(content: Report) -> str:
@@ -211,3 +222,86 @@ def peak_memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compression_page(result: Mapping[str, Any], output: Path) -> None:
+    """Write ``report.html``: the steps as a table, and plots of ranks, errors and spectra by layer.
+
+    Without matplotlib (the ``plot`` extra) the page has the table alone.
+
+    Args:
+        result: a ``CompressResult`` as plain data.
+        output: the recipe's directory.
+    """
+    import base64
+    import html
+
+    rows = [
+        (step["stage"], f"{step['parameters']['total']:,}", f"{step['bytes'] / 1e6:.0f}",
+         f"{step['tokens_per_second']:.0f}",
+         ", ".join(f"{name} {math.exp(loss):.2f}" for name, loss in step["losses"].items()))
+        for step in result["steps"]
+    ]  # fmt: skip
+    table = tabulate(
+        rows, ("after", "parameters", "MB", "tokens/s", "perplexity"), "html", disable_numparse=True
+    )
+    pictures = [
+        f"<h2>{html.escape(title)}</h2><img src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+        for title, png in _layer_plots(result["layers"])
+    ]
+    style = (
+        "body{font:16px sans-serif;margin:2em auto;max-width:62em}td,th{padding:.2em .8em;text-align:left}"
+    )
+    page = f"<!doctype html><meta charset=utf-8><title>Compression</title><style>{style}</style>"
+    (output / "report.html").write_text(page + table + "".join(pictures) + "\n", encoding="utf-8")
+
+
+def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
+    """Ranks, errors and spectra of compressed layers, each as a title and a PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No plots: matplotlib is not installed (pip install 'lowrank_ft[plot]').")
+        return []
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    roles = list(dict.fromkeys(row["role"] for row in layers))
+    plots = []
+    drawings = (
+        ("Parameters that remain, by block", "block", "share", _draw_shares),
+        ("Relative error of outputs: on calibration text, and on held-out text", "calibration", "held-out",
+         _draw_errors),
+        ("Spectrum under the metric, one layer of each kind", "share of the rank", "share of the energy",
+         _draw_spectra),
+    )  # fmt: skip
+    for title, horizontal, vertical, draw in drawings:
+        figure, axes = pyplot.subplots(figsize=(7.5, 3.6), layout="constrained")
+        for role in roles:
+            draw(axes, role, [row for row in layers if row["role"] == role])
+        axes.set_xlabel(horizontal)
+        axes.set_ylabel(vertical)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, ncol=2)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        pyplot.close(figure)
+        plots.append((title, buffer.getvalue()))
+    return plots
+
+
+def _draw_shares(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    blocks = [layouts.block_index(row["module"]) or 0 for row in rows]
+    axes.plot(blocks, [row["parameters"] / row["parameters before"] for row in rows], ".-", label=role)
+
+
+def _draw_errors(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    known = [r for r in rows if r.get("measured error") is not None and "output error" in r]
+    axes.plot([r["output error"] for r in known], [r["measured error"] for r in known], ".", label=role)
+
+
+def _draw_spectra(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    known = [row["spectrum"] for row in rows if row.get("spectrum")]
+    if known:
+        spectrum = known[len(known) // 2]
+        axes.semilogy([i / len(spectrum) for i in range(len(spectrum))], spectrum, label=role)

@@ -13,11 +13,13 @@ the rise of the loss in nats per token. In that one currency ranks of all layers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from lowrank_ft import linalg
 from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
@@ -138,6 +140,7 @@ class LoRDMethod(Method[LoRD]):
         }
         if known is not None:
             facts["tokens"] = known.tokens
+            facts["output error"] = _output_error(weight, weight - factors.B @ factors.A, known.C)
         if found.root is not None:
             facts.update(ridge=found.root.ridge, condition=found.root.condition, factored=found.root.method)
         return facts
@@ -181,6 +184,12 @@ class LoRDMethod(Method[LoRD]):
 
     def _predicted(self, option: Option) -> float | None:
         return option.loss if self.config.objective == "loss" else None
+
+
+def _output_error(weight: Tensor, difference: Tensor, C: Tensor) -> float:
+    """The relative error of a layer's outputs, bias apart: ``‖ΔW C^½‖ / ‖W C^½‖``."""
+    C = C.to(weight.device)
+    return math.sqrt(linalg.weighted_error(difference, C) / max(linalg.weighted_error(weight, C), 1e-300))
 
 
 def _bias_size(layer: Layer) -> int:

@@ -46,7 +46,8 @@ def text(index: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> 
 
     base = index["base"]
     adapters: Mapping[str, Any] = index.get("adapters", {})
-    methods = sorted({recipe.get("method", "unknown") for recipe in adapters.values()})
+    stages: list[Mapping[str, Any]] = index.get("stages", [])
+    methods = sorted({recipe.get("method", "unknown") for recipe in (*stages, *adapters.values())})
     header = ModelCardData(
         base_model=base["name_or_path"] if is_hub_name(base["name_or_path"]) else None,
         library_name="lowrank_ft",
@@ -58,7 +59,11 @@ def text(index: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> 
         f"---\n{header.to_yaml()}\n---",
         f"# {'Adapter for' if adapters else 'From'} {name}",
         use,
-        *[_adapter(key, recipe) for key, recipe in adapters.items()],
+        *[_options(f"Compressed: {stage.get('method', 'unknown')}", stage) for stage in stages],
+        *[
+            _options(f"Adapter `{key}`: {recipe.get('method', 'unknown')}", recipe)
+            for key, recipe in adapters.items()
+        ],
         _structure(index["manifest"]),
         *_figures(figures or {}),
         "## Versions\n\n" + tabulate(index["versions"].items(), ("package", "version"), "github"),
@@ -66,11 +71,10 @@ def text(index: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> 
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _adapter(name: str, recipe: Mapping[str, Any]) -> str:
+def _options(title: str, recipe: Mapping[str, Any]) -> str:
     rows = [(key, value) for key, value in recipe.get("options", {}).items()]
     rows += [(key, recipe[key]) for key in ("targets", "exclude", "layers") if recipe.get(key)]
-    title = f"## Adapter `{name}`: {recipe.get('method', 'unknown')}"
-    return f"{title}\n\n{tabulate(rows, ('option', 'value'), 'github', disable_numparse=True)}"
+    return f"## {title}\n\n{tabulate(rows, ('option', 'value'), 'github', disable_numparse=True)}"
 
 
 def _structure(groups: list[Mapping[str, Any]]) -> str:
@@ -83,6 +87,7 @@ def _structure(groups: list[Mapping[str, Any]]) -> str:
         what = ", ".join(
             f"{n}: {p['kind']}" + (f" r={p['rank']}" if "rank" in p else "") for n, p in parts.items()
         )
+        what = what or f"r={group['node'].get('rank')}"
         rows.append((group["node"]["kind"], what, ", ".join(f"{n} × {k}" for k, n in kinds.items())))
     return "## Structure\n\n" + tabulate(rows, ("node", "parts", "modules"), "github")
 

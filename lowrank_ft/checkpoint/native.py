@@ -73,6 +73,7 @@ def save_model(model: nn.Module, directory: Path, tokenizer: Any, figures: Mappi
     """Write a whole model, whatever stands in it."""
     index = {
         "content": "model",
+        "stages": engine.recipes_of(model),
         "base": base_model.identify(model),
         "manifest": manifest.to_json(manifest.describe(model)),
         "versions": versions(),

@@ -72,7 +72,8 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if hasattr(module, "config"):
                 module.config.__dict__.pop("_is_quantized", None)
-        engine.restore_state(model, tuple(content.active), dict(content.recipes))
+        stages = getattr(content, "stages", [])
+        engine.restore_state(model, tuple(content.active), dict(content.recipes), stages)
         return model
 
 

@@ -27,15 +27,18 @@ _LAUNCHER = (
 )
 
 
-def reload_difference(model: nn.Module, base: str, directory: Path, inputs: Mapping[str, Tensor]) -> float:
+def reload_difference(
+    model: nn.Module, base: str | None, directory: Path, inputs: Mapping[str, Tensor]
+) -> float:
     """Return the largest difference between a model's logits and those of its checkpoint, loaded afresh.
 
     On one kind of machine with one number of threads it is 0: the checkpoint holds every bit.
 
     Args:
         model: the model that was saved, in memory.
-        base: where its base model is loaded from, a directory or a hub name.
-        directory: the adapter directory.
+        base: where its base model is loaded from, a directory or a hub name; None where ``directory`` holds
+            the whole model.
+        directory: what was saved.
         inputs: keyword arguments of the model, integer tensors.
 
     Raises:
@@ -53,7 +56,7 @@ def reload_difference(model: nn.Module, base: str, directory: Path, inputs: Mapp
         given, written = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         save_file({k: v.contiguous() for k, v in inputs.items()}, given)
         threads = str(torch.get_num_threads())
-        arguments = [base, str(directory), dtype, str(device), threads, str(given), str(written)]
+        arguments = [base or "", str(directory), dtype, str(device), threads, str(given), str(written)]
         command = [sys.executable, "-m", "lowrank_ft.checkpoint.verify", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -65,7 +68,8 @@ def reload_difference(model: nn.Module, base: str, directory: Path, inputs: Mapp
 
 def _base_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that most of the base is in; adapters may be in a wider one."""
-    return next(p.dtype for p in model.parameters() if not p.requires_grad)
+    frozen = [p.dtype for p in model.parameters() if not p.requires_grad]
+    return frozen[0] if frozen else next(model.parameters()).dtype
 
 
 def main() -> None:
@@ -74,7 +78,7 @@ def main() -> None:
 
     base, directory, dtype, device, threads, given, written = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    model, _ = models.load_any(base, directory, dtype)
+    model = models.load_any(base, directory, dtype)[0] if base else models.load_whole(directory, dtype)
     inputs = {k: v.to(device) for k, v in load_file(given).items()}
     with torch.no_grad():
         logits = model.to(device).eval()(**inputs).logits

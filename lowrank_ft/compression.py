@@ -1,0 +1,316 @@
+"""The compression recipe: stages in order, measured before and after each, saved, reloaded, reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from lowrank_ft import checkpoint, data, engine, evaluation, models, registry, reporting, training
+from lowrank_ft import config as configs
+from lowrank_ft.algorithms.base import Counts, Family, MethodConfig
+from lowrank_ft.checkpoint import verify
+from lowrank_ft.data import DataConfig
+from lowrank_ft.errors import CheckpointError, ConfigError
+from lowrank_ft.manifest import replacements
+from lowrank_ft.pipeline import count
+from lowrank_ft.training import FinetuneConfig, ModelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Compress a model, stage by stage, and say what each stage cost and saved."""
+
+    model: ModelConfig
+    """The model."""
+    data: str
+    """Text to calibrate on, and to recover with: a file, a directory that `datasets` wrote, or a hub name."""
+    stages: tuple[dict[str, Any], ...]
+    """What to do, in order: `method` and its options; for an adapter also `train`, as in finetune."""
+    output: str
+    """Directory for the model, the report and its plots."""
+    eval: dict[str, str] = field(default_factory=dict)
+    """Held-out text by name, to measure perplexity on."""
+    windows: int = 24
+    """Windows of held-out text, spread evenly over each corpus."""
+    window: int = 512
+    """Tokens of a window."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Layers to compress: "all-linear", names, name endings, globs, "re:…"."""
+    exclude: tuple[str, ...] = ()
+    """Layers to leave out."""
+    layers: tuple[int, ...] | None = None
+    """Indices of the blocks to compress; all by default."""
+    check_reload: bool = True
+    """Load what was saved in a fresh process and compare its logits before calling it done."""
+    seed: int = 0
+    """Seed of training stages."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model is, before the first stage or after one.
+
+    Attributes:
+        stage: what was done last.
+        losses: mean held-out loss by corpus, in nats per token.
+        parameters: all of them, and those in blocks.
+        bytes: of all parameters and persistent buffers.
+        tokens_per_second: forward, one sequence of ``window`` tokens, median of three.
+        seconds: what the stage took.
+    """
+
+    stage: str
+    losses: dict[str, float]
+    parameters: Counts
+    bytes: int
+    tokens_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What the recipe measured; ``report.json`` holds the same.
+
+    Attributes:
+        steps: the dense model, then one for each stage.
+        layers: for each compressed layer its rank, sizes, ridge, and predicted and measured errors.
+        reload_difference: largest difference of logits after a reload in a fresh process.
+    """
+
+    steps: list[Measurement]
+    layers: list[dict[str, Any]]
+    reload_difference: float | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One parsed entry of ``stages``."""
+
+    config: MethodConfig
+    name: str
+    family: Family
+    train: TrainConfig | None
+
+
+def compress(config: CompressConfig) -> CompressResult:
+    """Run the compression recipe.
+
+    Writes to ``config.output``: ``model/`` (for plain ``from_pretrained``), ``report.json``, ``report.html``
+    with plots, and ``config.yaml``.
+
+    Raises:
+        ConfigError: bad options, before anything is loaded where that can be known.
+        CheckpointError: what was written does not load, or has another number of parameters.
+    """
+    stages = [_stage(entry) for entry in config.stages]
+    if not stages:
+        raise ConfigError("The recipe has no stages.")
+    output = Path(config.output)
+    model, tokenizer = models.load_causal_lm(config.model.path, config.model.dtype, "auto")
+    model.eval()
+    corpora = {name: windows(path, tokenizer, config) for name, path in config.eval.items()}
+    steps = [measure("dense", model, corpora, config, 0.0)]
+    for stage in stages:
+        started = time.perf_counter()
+        _run(stage, model, tokenizer, config)
+        steps.append(measure(_describe(stage), model, corpora, config, time.perf_counter() - started))
+        print(table(steps[-1:]))
+    rows = [row for stage in engine.stages_of(model) for row in stage["layers changed"]]
+    probe = next(iter(corpora.values()))[:1] if corpora else None
+    layers = _with_measured_errors(rows, model, config, probe)
+
+    checkpoint.save(model, output / "model", tokenizer=tokenizer, figures=_figures(steps))
+    _check_size(model, output / "model")
+    difference = None
+    if config.check_reload and probe is not None:
+        difference = verify.reload_difference(model, None, output / "model", {"input_ids": probe})
+    result = CompressResult(steps, layers, difference)
+    (output / "report.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    reporting.compression_page(asdict(result), output)
+    print(table(steps, difference))
+    return result
+
+
+def _stage(entry: Mapping[str, Any]) -> Stage:
+    options = dict(entry)
+    name = options.pop("method", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"A stage needs a method, but has {sorted(entry)}.")
+    cls = registry.methods[name]
+    given = options.pop("train", None)
+    adapts = cls.family is Family.ADAPTER
+    if given is not None and not adapts:
+        raise ConfigError(f"The stage {name!r} trains nothing: leave out train.")
+    train = configs.parse(TrainConfig, given or {}, what="train") if adapts else None
+    return Stage(configs.parse(cls.Config, options, what=f"The stage {name!r}"), name, cls.family, train)
+
+
+def _describe(stage: Stage) -> str:
+    ratio = getattr(stage.config, "ratio", None)
+    rank = getattr(stage.config, "rank", None)
+    return stage.name + (f" {ratio:.0%}" if ratio is not None else "") + (f" r={rank}" if rank else "")
+
+
+def _run(stage: Stage, model: nn.Module, tokenizer: Any, config: CompressConfig) -> None:
+    where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
+    if stage.train is not None:
+        engine.wrap(model, stage.config, **where)
+        _train(model, tokenizer, stage.train, config)
+        return
+    needs = bool(registry.methods[stage.name](stage.config).needs())
+    looks = {"data": data.read(config.data, None, "train"), "tokenizer": tokenizer} if needs else {}
+    engine.wrap(model, stage.config, **where, **looks)
+
+
+def _train(model: nn.Module, tokenizer: Any, train: TrainConfig, config: CompressConfig) -> None:
+    """Recover: train the adapter on the calibration text, on the next token."""
+    from transformers import Trainer, set_seed
+
+    text = DataConfig(train=config.data, eval_fraction=0.05, max_length=config.window)
+    recipe = FinetuneConfig(
+        model=config.model, data=text, output=str(Path(config.output) / "recovery"), train=train,
+        seed=config.seed,
+    )  # fmt: skip
+    arguments = dataclasses.replace(training.training_arguments(recipe), eval_strategy="no")
+    set_seed(config.seed)
+    rows, _ = data.load(text, config.seed)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.tokenize_for_generation(rows, text, tokenizer),
+        data_collator=data.Collator(tokenizer.pad_token_id),
+        callbacks=[training.AdapterCheckpoint(), training.StopOnNonFinite()],
+    )
+    trainer.train()
+    model.eval()
+
+
+# Measuring --------------------------------------------------------------------------------------------------
+
+
+def windows(path: str, tokenizer: Any, config: CompressConfig) -> Tensor:
+    """Return windows spread evenly over a text, ``(windows, window)``.
+
+    Raises:
+        ConfigError: too little text for one window.
+    """
+    rows = data.read(path, None, "train")
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids = [token for text in rows["text"] for token in [*tokenizer(text)["input_ids"], *end]]
+    count = len(ids) // config.window
+    if count == 0:
+        raise ConfigError(f"{path} has {len(ids)} tokens, too few for a window of {config.window}.")
+    blocks = torch.tensor(ids[: count * config.window]).view(count, config.window)
+    return blocks[torch.linspace(0, count - 1, min(count, config.windows)).long()]
+
+
+def measure(
+    stage: str, model: nn.Module, corpora: Mapping[str, Tensor], config: CompressConfig, seconds: float
+) -> Measurement:
+    """Measure a model as it is now."""
+    return Measurement(
+        stage=stage,
+        losses={name: evaluation.window_loss(model, tokens, name) for name, tokens in corpora.items()},
+        parameters=count(model),
+        bytes=sum(
+            t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values()}.values()
+        ),
+        tokens_per_second=_speed(model, config.window),
+        seconds=seconds,
+    )
+
+
+def _speed(model: nn.Module, length: int) -> float:
+    ids = torch.ones(1, length, dtype=torch.long, device=next(model.parameters()).device)
+    times = []
+    with torch.no_grad():
+        for _ in range(4):
+            started = time.perf_counter()
+            model(input_ids=ids)
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    return length / sorted(times[1:])[1]  # the first run warms up
+
+
+def _with_measured_errors(
+    rows: Sequence[Mapping[str, Any]], model: nn.Module, config: CompressConfig, probe: Tensor | None
+) -> list[dict[str, Any]]:
+    """Add each layer's relative output error on held-out text, on the dense model's inputs."""
+    found: dict[str, float] = {}
+    replaced = replacements(model)
+    if probe is not None and replaced:
+        dense, _ = models.load_causal_lm(config.model.path, config.model.dtype, "auto")
+        handles = []
+        for name, stock in dense.named_modules():
+            if name in replaced:
+                handles.append(stock.register_forward_hook(_comparison(found, name, replaced[name])))
+        with torch.no_grad(), engine.disabled(model):
+            dense.eval()(input_ids=probe.to(next(dense.parameters()).device))
+        for handle in handles:
+            handle.remove()
+    return [{**row, "measured error": found.get(row["module"])} for row in rows]
+
+
+def _comparison(found: dict[str, float], name: str, ours: nn.Module) -> Any:
+    def compare(module: nn.Module, args: Any, output: Tensor) -> None:
+        difference = (ours(args[0]) - output).double()
+        found[name] = float(difference.norm() / output.double().norm().clamp_min(1e-300))
+
+    return compare
+
+
+def _check_size(model: nn.Module, directory: Path) -> None:
+    """Assert that the files hold as many numbers as the model has parameters and persistent buffers."""
+    expected = sum({t.data_ptr(): t.numel() for t in model.state_dict().values() if t.numel()}.values())
+    stored = reporting.stored_numbers(directory)
+    if stored != expected:
+        raise CheckpointError(
+            f"{directory} holds {stored:,} numbers, but the model has {expected:,}: it was not written whole."
+        )
+
+
+# Reporting --------------------------------------------------------------------------------------------------
+
+
+def _figures(steps: Sequence[Measurement]) -> dict[str, Any]:
+    first, last = steps[0], steps[-1]
+    figures: dict[str, Any] = {"parameters": f"{first.parameters.total:,} → {last.parameters.total:,}"}
+    for name in last.losses:
+        before, after = (math.exp(step.losses[name]) for step in (first, last))
+        figures[f"perplexity, {name}"] = f"{before:.2f} → {after:.2f}"
+    return figures
+
+
+def table(steps: Sequence[Measurement], reload_difference: float | None = None) -> str:
+    """Return the closing table: one line for the dense model and for each stage."""
+    dense = steps[0].parameters
+    lines = []
+    for step in steps:
+        now = step.parameters
+        line = {
+            "after": step.stage,
+            "parameters": f"{now.total:,}",
+            "of total": f"{now.total / dense.total:.1%}",
+            "of blocks": f"{now.blocks / dense.blocks:.1%}",
+            "MB": f"{step.bytes / 1e6:.0f}",
+            "tokens/s": f"{step.tokens_per_second:.0f}",
+            "seconds": f"{step.seconds:.0f}",
+        }
+        line.update({f"ppl {name}": f"{math.exp(loss):.2f}" for name, loss in step.losses.items()})
+        lines.append(line)
+    text = tabulate(lines, "keys", "github", disable_numparse=True)
+    if reload_difference is not None:
+        how = "equal to the last bit" if reload_difference == 0 else f"max |Δ| = {reload_difference:.2e}"
+        text += f"\n\nReloaded in a fresh process with plain from_pretrained: logits {how}."
+    return text

@@ -1,0 +1,108 @@
+"""The compression recipe end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import lowrank_ft
+from lowrank_ft import cli
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.pipeline import count
+
+
+@pytest.fixture
+def recipe(base: Path, texts: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": {"path": str(base), "dtype": "float32"},
+        "data": str(texts / "train.jsonl"),
+        "eval": {"held-out": str(texts / "heldout.jsonl")},
+        "window": 16,
+        "windows": 4,
+        "stages": [
+            {"method": "lord", "ratio": 0.25, "align": 1, "calibration": {"length": 16, "samples": 24}},
+            {"method": "lora", "rank": 2,
+             "train": {"max_steps": 3, "learning_rate": 0.01, "extra": {"disable_tqdm": True}}},
+        ],
+        "output": str(tmp_path / "out"),
+    }  # fmt: skip
+
+
+def run(recipe: dict[str, Any], path: Path) -> dict[str, Any]:
+    path.write_text(yaml.safe_dump(recipe))
+    cli.main(["compress", "--config", str(path)])
+    report: dict[str, Any] = json.loads((Path(recipe["output"]) / "report.json").read_text())
+    return report
+
+
+def test_compress_and_recover(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(recipe, tmp_path / "recipe.yaml")
+    dense, compressed, recovered = report["steps"]
+    assert [step["stage"] for step in report["steps"]] == ["dense", "lord 25%", "lora r=2"]
+    removed = 1 - compressed["parameters"]["blocks"] / dense["parameters"]["blocks"]
+    assert 0.25 <= removed < 0.27
+    assert recovered["losses"]["held-out"] < compressed["losses"]["held-out"]
+    assert report["reload_difference"] == 0.0
+    for row in report["layers"]:
+        if row["rank"] is not None:
+            assert 0 < row["output error"] < 1
+            assert 0 < row["measured error"] < 2
+            assert row["parameters"] < row["parameters before"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "lord 25%" in page
+    out = capsys.readouterr().out
+    assert "logits equal to the last bit" in out
+    assert "| lord 25%" in out
+
+    directory = tmp_path / "out" / "model"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert count(model).total == recovered["parameters"]["total"]
+    assert "lord" in (directory / "README.md").read_text()
+    cli.main(["inspect", str(directory)])
+    assert "lowrank" in capsys.readouterr().out
+    assert "rank" in str(lowrank_ft.report(model))
+
+
+def test_bad_stages(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from lowrank_ft.compression import CompressConfig, compress
+    from lowrank_ft.config import parse
+
+    for stages, message in (
+        ([], "has no stages"),
+        ([{"ratio": 0.2}], "needs a method"),
+        ([{"method": "lrod"}], "no method 'lrod'. Did you mean"),
+        ([{"method": "lord", "ratoi": 0.2}], "has no option 'ratoi'. Did you mean 'ratio'"),
+        ([{"method": "lord", "train": {"max_steps": 2}}], "trains nothing"),
+        ([{"method": "lora", "train": {"steps": 2}}], "train has no option 'steps'"),
+    ):
+        with pytest.raises((ConfigError, LookupError), match=message):
+            compress(parse(CompressConfig, {**recipe, "stages": stages}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_calibrates_on_nothing_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"text": ""}) + "\n")
+    with pytest.raises(SystemExit, match="no tokens"):
+        run({**recipe, "data": str(empty)}, tmp_path / "recipe.yaml")
+
+
+def test_speed_of_the_export(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """`export --format dense` of the compressed model is stock, and computes the same."""
+    recipe["stages"] = recipe["stages"][:1]
+    run(recipe, tmp_path / "recipe.yaml")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
+    lowrank_ft.export(model, tmp_path / "dense", "dense")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    ids = torch.arange(3, 13)[None]
+    # One float32 product in place of two, in 14 layers: rounding of 1e-7 relative, amplified a little.
+    torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
