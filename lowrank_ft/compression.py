@@ -112,7 +112,7 @@ def compress(config: CompressConfig) -> CompressResult:
         ConfigError: bad options, before anything is loaded where that can be known.
         CheckpointError: what was written does not load, or has another number of parameters.
     """
-    stages = [_stage(entry) for entry in config.stages]
+    stages = [parse_stage(entry) for entry in config.stages]
     if not stages:
         raise ConfigError("The recipe has no stages.")
     output = Path(config.output)
@@ -124,7 +124,7 @@ def compress(config: CompressConfig) -> CompressResult:
         started = time.perf_counter()
         _run(stage, model, tokenizer, config)
         steps.append(measure(_describe(stage), model, corpora, config, time.perf_counter() - started))
-        print(table(steps[-1:]))
+        print(table(steps))
     rows = [row for stage in engine.stages_of(model) for row in stage["layers changed"]]
     probe = next(iter(corpora.values()))[:1] if corpora else None
     layers = _with_measured_errors(rows, model, config, probe)
@@ -141,7 +141,13 @@ def compress(config: CompressConfig) -> CompressResult:
     return result
 
 
-def _stage(entry: Mapping[str, Any]) -> Stage:
+def parse_stage(entry: Mapping[str, Any]) -> Stage:
+    """Return a stage from its entry in a recipe.
+
+    Raises:
+        ConfigError: no method, an option that the method lacks, or ``train`` for a compressor.
+        RegistryError: no such method.
+    """
     options = dict(entry)
     name = options.pop("method", None)
     if not isinstance(name, str):
@@ -222,12 +228,15 @@ def measure(
         stage=stage,
         losses={name: evaluation.window_loss(model, tokens, name) for name, tokens in corpora.items()},
         parameters=count(model),
-        bytes=sum(
-            t.numel() * t.element_size() for t in {id(t): t for t in model.state_dict().values()}.values()
-        ),
+        bytes=_bytes(model),
         tokens_per_second=_speed(model, config.window),
         seconds=seconds,
     )
+
+
+def _bytes(model: nn.Module) -> int:
+    """Bytes of parameters and persistent buffers, tied ones once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}.values())
 
 
 def _speed(model: nn.Module, length: int) -> float:

@@ -470,11 +470,11 @@ def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False)
             raise TargetError(f"{path} is adapted by one adapter and trained in full by another.")
         if any(p.is_meta for p in modules[path].parameters()):
             raise StateError(f"The weight of {path} is on the meta device: load the model's weights first.")
-        built[path] = node.build(_meta_twin(modules[path]) if on_meta else modules[path])
+        built[path] = node.build(meta_twin(modules[path]) if on_meta else modules[path])
     return built
 
 
-def _meta_twin(module: nn.Module) -> nn.Module:
+def meta_twin(module: nn.Module) -> nn.Module:
     """A copy of a module without values: its tensors are on ``meta``."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):

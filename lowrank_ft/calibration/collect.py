@@ -51,7 +51,8 @@ def inputs(
         return
     groups = stream.by_block(chain, list(modules))
     steps = 1 if chain is None else len(chain)
-    progress = _progress(count_tokens(batches), "Calibrating")
+    passes = 1 if after is None else 2  # a changed block runs again
+    progress = _progress(passes * count_tokens(batches), "Calibrating")
     waiting = set(groups.get(None, ()))
     if chain is None:
         _gather_inputs(store, "all", modules, waiting, batches, lambda i, b: stream.forward(model, b))
@@ -106,8 +107,8 @@ def _gather_inputs(
 
     Returns what the runs gave, and the names of the layers that were called.
     """
-    if store.has("input", group):
-        return [_quiet(run, i, batch) for i, batch in enumerate(batches)], store.names_in("input", group)
+    if store.has(group):
+        return [_quiet(run, i, batch) for i, batch in enumerate(batches)], set(store.leaders(group))
     moments: dict[str, Moments] = {}
     leaders: dict[str, str] = {}
     results = []
@@ -135,7 +136,7 @@ def _gather_inputs(
     for name, running in moments.items():
         tensors[f"{name}|C"], tensors[f"{name}|mean"] = running.second(name).cpu(), running.mean().cpu()
         tensors[f"{name}|tokens"] = torch.tensor(running.tokens)
-    store.put("input", group, tensors, leaders)
+    store.put(group, tensors, leaders)
     return results, set(leaders)
 
 
@@ -174,7 +175,7 @@ def gradients(
     """
     loss = loss or summed_loss
     groups = stream.by_block(chain, list(modules))
-    if store.names("gradient") >= set(modules):
+    if store.names() >= set(modules):
         return
     progress = _progress(count_tokens(batches), "Differentiating")
     with _differentiable(model):
@@ -282,7 +283,7 @@ class _Collector:
             what = "pulled" if layer.out_features > layer.in_features else "G"
             tensors[f"{name}|{what}"] = running.second(name).cpu()
         if tensors:
-            store.put("gradient", group, tensors, {name: name for name in self.layers})
+            store.put(group, tensors, {name: name for name in self.layers})
 
 
 def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
@@ -301,6 +302,9 @@ def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
     if labels is None:
         generator = torch.Generator().manual_seed(int(logits.numel()))
         noise = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
+        mask = mask_of(batch)
+        if mask is not None and mask.shape == logits.shape[:2]:
+            noise = noise * mask[..., None].to(noise)
         return cast(Tensor, (logits * noise).sum())
     labels = labels.to(logits.device)
     if causal:

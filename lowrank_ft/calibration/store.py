@@ -1,9 +1,9 @@
-"""Where statistics are kept: a safetensors file for each block and kind, so that one is read at a time."""
+"""Where statistics are kept: a safetensors file for each block, so that one block is read at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +15,61 @@ from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import CheckpointError
 
 
-class Store(Mapping[str, SiteStatistics]):
-    """Statistics by layer name, on disk; read when asked for.
+class Store:
+    """Tensors by layer name, in one file for each group of layers.
 
     Attributes:
-        directory: where the files are.
+        directory: where the files are; those that are there already are finished groups.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._groups: dict[str, dict[str, dict[str, str]]] = {"input": {}, "gradient": {}}
+        self._groups: dict[str, dict[str, str]] = {}
         for path in sorted(self.directory.glob("*.safetensors")):
-            kind, group = path.stem.split(".", 1)
             with self._open(path) as file:
-                self._groups[kind][group] = json.loads(file.metadata()["leaders"])
+                self._groups[path.stem] = json.loads(file.metadata()["leaders"])
 
-    def has(self, kind: str, group: str) -> bool:
+    def has(self, group: str) -> bool:
         """Whether a group of layers is finished."""
-        return group in self._groups[kind]
+        return group in self._groups
 
-    def names_in(self, kind: str, group: str) -> set[str]:
-        """Return the layers of a finished group."""
-        return set(self._groups[kind][group])
+    def leaders(self, group: str) -> dict[str, str]:
+        """Return the layers of a finished group, each with the one whose tensors it shares."""
+        return dict(self._groups[group])
 
-    def names(self, kind: str = "input") -> set[str]:
-        """Return the layers whose inputs (or output gradients) are known."""
-        return {name for leaders in self._groups[kind].values() for name in leaders}
+    def names(self) -> set[str]:
+        """Return the layers that are known."""
+        return {name for leaders in self._groups.values() for name in leaders}
 
-    def put(self, kind: str, group: str, tensors: Mapping[str, Tensor], leaders: Mapping[str, str]) -> None:
+    def put(self, group: str, tensors: Mapping[str, Tensor], leaders: Mapping[str, str]) -> None:
         """Write a group: all of it or nothing.
 
         Args:
-            kind: ``"input"`` or ``"gradient"``.
             group: the block.
             tensors: ``"layer|quantity"`` to tensor.
             leaders: for each layer, the one whose tensors it shares.
         """
-        path = self.directory / f"{kind}.{group}.safetensors"
+        path = self.directory / f"{group}.safetensors"
         partial = path.with_suffix(".partial")
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, partial, metadata={"leaders": json.dumps(leaders)})
         partial.replace(path)
-        self._groups[kind][group] = dict(leaders)
+        self._groups[group] = dict(leaders)
 
-    def __getitem__(self, name: str) -> SiteStatistics:
-        found: dict[str, Any] = {}
-        for kind in ("input", "gradient"):
-            for group, leaders in self._groups[kind].items():
-                if name in leaders:
-                    found.update(self._read(kind, group, leaders[name]))
-        if "C" not in found:
-            raise KeyError(name)
-        return SiteStatistics(
-            tokens=int(found["tokens"]),
-            C=found["C"],
-            mean=found["mean"],
-            G=found.get("G"),
-            pulled=found.get("pulled"),
-        )
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Return a layer's tensors by quantity; empty where the layer is not known.
 
-    def __iter__(self) -> Any:
-        return iter(sorted(self.names()))
-
-    def __len__(self) -> int:
-        return len(self.names())
-
-    def _read(self, kind: str, group: str, leader: str) -> dict[str, Tensor]:
-        with self._open(self.directory / f"{kind}.{group}.safetensors") as file:
-            keys = [key for key in file.keys() if key.startswith(f"{leader}|")]  # noqa: SIM118 (it is no mapping)
-            return {key.rpartition("|")[2]: file.get_tensor(key) for key in keys}
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        for group, leaders in self._groups.items():
+            if name in leaders:
+                with self._open(self.directory / f"{group}.safetensors") as file:
+                    prefix = f"{leaders[name]}|"
+                    keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (no mapping)
+                    return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+        return {}
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -94,3 +79,34 @@ class Store(Mapping[str, SiteStatistics]):
             raise CheckpointError(
                 f"{path} cannot be read ({error}): delete it, and it is made again."
             ) from error
+
+
+class Known(Mapping[str, SiteStatistics]):
+    """What is known of each layer, read from disk when asked for.
+
+    Attributes:
+        inputs: moments of the layers' inputs.
+        gradients: second moments of the gradients at their outputs.
+    """
+
+    def __init__(self, inputs: Store, gradients: Store) -> None:
+        self.inputs, self.gradients = inputs, gradients
+
+    def __getitem__(self, name: str) -> SiteStatistics:
+        found = self.inputs.read(name)
+        if not found:
+            raise KeyError(name)
+        slopes = self.gradients.read(name)
+        return SiteStatistics(
+            tokens=int(found["tokens"]),
+            C=found["C"],
+            mean=found["mean"],
+            G=slopes.get("G"),
+            pulled=slopes.get("pulled"),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.inputs.names()))
+
+    def __len__(self) -> int:
+        return len(self.inputs.names())

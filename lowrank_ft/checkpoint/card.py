@@ -54,10 +54,11 @@ def text(index: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> 
         tags=["lowrank_ft", *methods],
     )
     name = base["name_or_path"] or base["class"]
-    use = (_USE_ADAPTER if adapters else _USE_MODEL).format(loader=base["class"], base=name)
+    is_adapter = index["content"] == "adapters"
+    use = (_USE_ADAPTER if is_adapter else _USE_MODEL).format(loader=base["class"], base=name)
     sections = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {'Adapter for' if adapters else 'From'} {name}",
+        f"# {'Adapter for' if is_adapter else 'From'} {name}",
         use,
         *[_options(f"Compressed: {stage.get('method', 'unknown')}", stage) for stage in stages],
         *[

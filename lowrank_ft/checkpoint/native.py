@@ -74,6 +74,8 @@ def save_model(model: nn.Module, directory: Path, tokenizer: Any, figures: Mappi
     index = {
         "content": "model",
         "stages": engine.recipes_of(model),
+        "active": list(engine.active_adapters(model)),
+        "adapters": dict(engine.state_of(model).recipes) if engine.hosts(model) else {},
         "base": base_model.identify(model),
         "manifest": manifest.to_json(manifest.describe(model)),
         "versions": versions(),
@@ -232,10 +234,12 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
                 model.__dict__[shared] = loaded.__dict__[shared]
         return
     structure = manifest.from_json(index.get("manifest"))
-    if structure:
-        raise CheckpointError(f"{directory} holds a compressed model that is not from transformers.")
     state = _read(directory / MODEL_FILE)
-    expected = _untied(model)
+    twin = engine.meta_twin(
+        model
+    )  # shapes alone, so that nothing is changed or allocated on a stranger's word
+    engine.restore_structure(twin, structure)
+    expected = _untied(twin)
     wrong = [
         k
         for k in {*state, *expected}
@@ -243,7 +247,11 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
     ]
     if wrong:
         raise CheckpointError(f"{directory} was saved from another module: {sorted(wrong)[:3]} differ.")
-    model.load_state_dict(state, strict=False)
+    engine.restore_structure(model, structure)
+    model.load_state_dict(state, strict=False)  # tied tensors are there under one name
+    engine.restore_state(
+        model, index.get("active") or (), dict(index.get("adapters") or {}), index.get("stages") or ()
+    )
 
 
 def export_dense(model: nn.Module, directory: Path, tokenizer: Any) -> None:

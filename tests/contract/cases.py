@@ -71,7 +71,7 @@ class Case:
     def data(self, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
         """Calibration batches, enough that no second moment is singular."""
         batches = []
-        for seed in range(4):
+        for seed in range(20):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 batch = self.tiny.batch()

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lowrank_ft
-from lowrank_ft import cli, evaluation, training
+from lowrank_ft import cli, compression, evaluation, training
 from lowrank_ft.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -277,6 +277,10 @@ def test_unknown_commands_name_the_nearest() -> None:
 
 def test_every_config_in_the_repo_parses() -> None:
     for path in sorted((ROOT / "configs" / "recipes").glob("*.yaml")):
+        if "stages" in yaml.safe_load(path.read_text()):
+            recipe = cli.parse(compression.CompressConfig, ["--config", str(path)], "compress")
+            assert [compression.parse_stage(stage).name for stage in recipe.stages]
+            continue
         config = cli.parse(training.FinetuneConfig, ["--config", str(path)], "finetune")
         training.training_arguments(config)
     for path in sorted((ROOT / "configs" / "methods").glob("*.yaml")):
