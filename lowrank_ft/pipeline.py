@@ -82,8 +82,9 @@ def compress(
         method.check(site)
     settings = method.config.calibration
     needs = method.needs()
-    for given, what, need in ((data, "data", Need.INPUT), (loss, "loss", Need.OUTPUT_GRADIENT)):
-        if given is not None and need not in needs:
+    losing = {Need.OUTPUT_GRADIENT, Need.FISHER}
+    for given, what, looks in ((data, "data", bool(needs)), (loss, "loss", bool(needs & losing))):
+        if given is not None and not looks:
             raise ConfigError(
                 f"The method {method.name!r} with these options looks at no {what}: leave out {what}=."
             )
@@ -102,16 +103,7 @@ def compress(
 
 def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: Path) -> list[dict[str, Any]]:
     method, settings = run.method, run.method.config.calibration
-    inputs = Store(run.root / f"inputs-{run.key}")
-    few = batching.take(run.batches, settings.gradient_samples)
-    # What a loss of the caller's computes cannot be told from its name: its gradients are not kept.
-    where = (run.root if loss is None else scratch) / f"gradients-{run.key}-{batching.fingerprint(few)[:16]}"
-    gradients = Store(where)
-    if Need.INPUT in needs:
-        collect.inputs(run.model, run.chain, run.modules, run.batches, inputs)
-    if Need.OUTPUT_GRADIENT in needs:
-        collect.gradients(run.model, run.chain, run.modules, few, gradients, loss)
-    store = Known(inputs, gradients)
+    store = _statistics(run, needs, loss, scratch)
     _warn_of_few_tokens(run, store)
     counts = count(run.model)
     shares = method.plan(run.chosen, store, counts)
@@ -129,6 +121,29 @@ def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: P
         rows = _sequential(run, plan, store, journal)
     journal.close()
     return rows
+
+
+def _statistics(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: Path) -> Known:
+    """Gather what the method asks for, or find it in the cache, under a name made of all it comes from."""
+    settings = run.method.config.calibration
+    few = batching.take(run.batches, settings.gradient_samples)
+    # What a loss of the caller's computes cannot be told from its name, so nothing made with it is kept.
+    root = run.root if loss is None else scratch
+    tail = f"{run.key}-{batching.fingerprint(few)[:16]}"
+    fisher = Need.FISHER in needs
+    known = Known(
+        Store(run.root / f"inputs-{run.key}"),
+        Store(root / f"{'fisher' if fisher else 'gradients'}-{tail}"),
+        Store(run.root / f"probes-{tail}-{settings.probe_samples}"),
+    )
+    given = run.model, run.chain, run.modules
+    if Need.INPUT in needs:
+        collect.inputs(*given, run.batches, known.inputs)
+    if fisher or Need.OUTPUT_GRADIENT in needs:
+        collect.gradients(*given, few, known.gradients, loss, fisher)
+    if Need.SENSITIVITY in needs:
+        collect.sensitivities(*given, batching.take(few, settings.probe_samples), known.probes)
+    return known
 
 
 def _solve(
@@ -186,7 +201,9 @@ def _sequential(
     rows: dict[str, dict[str, Any]] = {}
     originals = dict(run.modules)
     fresh = Store(journal.directory)
-    known = Known(fresh, dense.gradients)  # inputs as they are now, gradients as the dense model had them
+    known = Known(
+        fresh, dense.gradients, dense.probes
+    )  # inputs as they are now, the rest from the dense model
 
     def after(names: Sequence[str]) -> bool:
         for name in names:

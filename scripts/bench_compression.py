@@ -45,6 +45,7 @@ SUITES: dict[str, tuple[str, dict[str, tuple[str, int]]]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain SVD": {"objective": "weight"},
     "LoRD, uniform (the paper)": {"objective": "output", "centered": True},
+    "LoRD, by probing (no gradients)": {"objective": "output", "allocation": "probe"},
     "LoRD, by loss": {},
     "LoRD, by loss, sequential": {},
     "LoRD, by loss, then LoRA": {},
@@ -62,13 +63,7 @@ class Row:
 
 def rows(suite: str) -> Iterator[Row]:
     """All rows of a suite, the most telling first."""
-    by_loss, paper, svd, sequential, recovered = (
-        "LoRD, by loss",
-        "LoRD, uniform (the paper)",
-        "plain SVD",
-        "LoRD, by loss, sequential",
-        "LoRD, by loss, then LoRA",
-    )
+    by_loss, paper, probe = "LoRD, by loss", "LoRD, uniform (the paper)", "LoRD, by probing (no gradients)"
     yield Row("dense", 0.0)
     if suite == "code":
         for ratio in (0.04, 0.08, 0.02, 0.06, 0.2):
@@ -78,14 +73,16 @@ def rows(suite: str) -> Iterator[Row]:
     for ratio in (0.2, 0.3, 0.1, 0.4, 0.5):
         yield Row(by_loss, ratio)
         yield Row(paper, ratio)
-    yield Row(sequential, 0.2)
-    yield Row(sequential, 0.3)
-    yield Row(recovered, 0.3)
-    for ratio in (0.1, 0.2, 0.3, 0.4, 0.5):
-        yield Row(svd, ratio)
+    for ratio in (0.2, 0.3):
+        yield Row(f"{by_loss}, sequential", ratio)
     for draw in (1, 2):
         yield Row(by_loss, 0.2, draw)
         yield Row(paper, 0.2, draw)
+    yield Row(f"{by_loss}, then LoRA", 0.3)
+    for ratio in (0.2, 0.3):
+        yield Row(probe, ratio)
+    for ratio in (0.2, 0.1, 0.3, 0.4, 0.5):
+        yield Row("plain SVD", ratio)
 
 
 def main() -> None:

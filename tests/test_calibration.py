@@ -35,15 +35,17 @@ def data_for(name: str, dtype: torch.dtype = torch.float64) -> list[dict[str, Te
         mask = torch.ones_like(batch["input_ids"])
         mask[1, 5:] = 0
         batch["attention_mask"] = mask
+        if batch["labels"].shape == mask.shape:
+            batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
     return [batch, {key: value.flip(0) for key, value in batch.items()}]
 
 
 def gather(name: str, model: nn.Module, chain: Any, path: Path, targets: Any = "all-linear") -> Known:
     chosen = sites.select(model, targets)
     modules = {site.names[0]: site.modules[0] for site in chosen}
-    known = Known(Store(path / "inputs"), Store(path / "gradients"))
+    known = Known(*(Store(path / kind) for kind in ("inputs", "gradients", "probes")))
     collect.inputs(model, chain, modules, data_for(name), known.inputs)
-    collect.gradients(model, chain, modules, data_for(name), known.gradients, None)
+    collect.gradients(model, chain, modules, data_for(name), known.gradients, None, fisher=True)
     return known
 
 
@@ -69,6 +71,76 @@ def test_streaming_equals_hooks_on_the_whole_model(name: str, tmp_path: Path) ->
                 torch.testing.assert_close(found.pulled, weight.T @ G @ weight)
             else:
                 torch.testing.assert_close(found.G, G)
+
+
+def test_fisher_means_are_those_of_one_gradient_a_sequence(tmp_path: Path) -> None:
+    model, data = TINY["llama"].model(torch.float64), data_for("llama")
+    known = gather("llama", model, stream.find_chain(model, data[0]), tmp_path)
+    whole = gather("llama", model, None, tmp_path / "whole")
+    squares = {name: torch.zeros_like(model.get_submodule(name).weight) for name in known}
+    for batch in data:
+        for row in range(2):
+            single = {key: value[row : row + 1] for key, value in batch.items()}
+            output = model(**{key: value for key, value in single.items() if key != "labels"})
+            loss = collect.summed_loss(model, single, output)
+            weights = [model.get_submodule(name).weight for name in squares]
+            for name, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
+                squares[name] += gradient**2
+    for name, square in squares.items():
+        for found in (known[name], whole[name]):
+            torch.testing.assert_close(found.fisher_rows, square.mean(1))
+            torch.testing.assert_close(found.fisher_columns, square.mean(0))
+
+
+def test_block_influence(tmp_path: Path) -> None:
+    model, data = TINY["llama"].model(torch.float64), data_for("llama")
+    known = gather("llama", model, stream.find_chain(model, data[0]), tmp_path)
+    apart: list[list[Tensor]] = [[], []]
+    for batch in data:
+        states = model(
+            **{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True
+        ).hidden_states
+        keep = batch["attention_mask"].bool()
+        # The last of transformers' hidden states is behind the final norm: take the block's own output.
+        caught: list[Tensor] = []
+        handle = model.model.layers[1].register_forward_hook(
+            lambda m, a, out, caught=caught: caught.append(stream.hidden_of(out))
+        )
+        model(**{k: v for k, v in batch.items() if k != "labels"})
+        handle.remove()
+        for k, (x, y) in enumerate(((states[0], states[1]), (states[1], caught[0]))):
+            apart[k].append((1 - torch.cosine_similarity(x, y, dim=-1))[keep].detach())
+    expected = [float(torch.cat(parts).mean()) for parts in apart]
+    assert known.influence() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_probing_block_by_block_is_probing_the_whole_model(name: str, tmp_path: Path) -> None:
+    model, data = TINY[name].model(torch.float64), data_for(name)
+    modules = {site.names[0]: site.modules[0] for site in sites.select(model, "all-linear")}
+    before, found = state(model), []
+    for where, chain in (("a", stream.find_chain(model, data[0])), ("b", None)):
+        store = Store(tmp_path / where)
+        collect.sensitivities(model, chain, modules, data, store)
+        found.append({layer: float(store.read(layer)["sensitivity"]) for layer in modules})
+    for layer in modules:
+        assert found[0][layer] > 0
+        # Norms run in float32 inside transformers, so that divergences of 1e-8 have a rounding of 1e-14.
+        assert found[0][layer] == pytest.approx(found[1][layer], rel=1e-5)
+    assert_same_state(model, before)
+
+
+def test_sensitivity_of_a_linear_model_is_known(tmp_path: Path) -> None:
+    """``½ ‖W₂ n‖²`` for white noise n of unit energy is ``½ ‖W₂‖²_F / d``, up to sampling."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double().eval()
+    batch = {"input": torch.randn(4000, 6, dtype=torch.float64)}
+    store = Store(tmp_path)
+    collect.sensitivities(net, None, {"0": net[0], "1": net[1]}, [batch], store)
+    assert float(store.read("1")["sensitivity"]) == pytest.approx(0.5, rel=1e-9)
+    expected = 0.5 * float((net[1].weight.detach() ** 2).sum()) / 5
+    # The mean of 4000 quadratic forms: a relative deviation of sqrt(2/4000) at most, three of them here.
+    assert float(store.read("0")["sensitivity"]) == pytest.approx(expected, rel=3 * (2 / 4000) ** 0.5)
 
 
 def by_hand(model: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -199,6 +271,33 @@ def test_a_layer_that_never_runs_is_named() -> None:
     model.model.unused = nn.Linear(4, 4)
     with pytest.raises(TargetError, match="model.unused was never called"):
         lowrank_ft.wrap(model, "lord", data=[TINY["llama"].inputs()])
+
+
+def test_an_encoder_without_a_head_is_weighed_by_all_it_gives_back() -> None:
+    """Its pooler too; and where a layer reaches nothing, that is said."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=50, **sizes)).eval()
+    batch = {"input_ids": torch.randint(3, 50, (30, 8))}
+    first, second = (
+        collect.summed_loss(model, b, model(**b)).item()
+        for b in (batch, {"input_ids": batch["input_ids"].flip(0)})
+    )
+    assert first != second  # each batch has its own noise
+    lowrank_ft.wrap(model, "lord", ratio=0.3, align=1, data=[batch])
+    assert "pooler.dense" in {row["module"] for row in engine.stages_of(model)[0]["layers changed"]}
+
+    model = BertModel(BertConfig(vocab_size=50, **sizes)).eval()
+    before = state(model)
+
+    def first_token(model: Any, batch: Any, output: Any) -> Tensor:
+        return output.last_hidden_state[:, 0].sum()
+
+    with pytest.raises(TargetError, match="pooler.dense does not reach the loss"):
+        lowrank_ft.wrap(model, "lord", data=[batch], loss=first_token)
+    assert_same_state(model, before)
 
 
 def test_few_tokens_warn_with_the_ridge() -> None:

@@ -91,6 +91,8 @@ class Need(enum.Enum):
 
     INPUT = "second moment and mean of each layer's input"
     OUTPUT_GRADIENT = "second moment of the gradient at each layer's output"
+    FISHER = "row and column means of the squared gradient of each layer's weight"
+    SENSITIVITY = "divergence of the model's output per squared error at each layer's, without gradients"
 
 
 @dataclass(frozen=True)

@@ -41,19 +41,22 @@ class LoRD(CompressorConfig):
     objective: Literal["loss", "output", "weight"] = "loss"
     """What to keep: the model's loss (one backward pass), the layers' outputs (the paper), or the weights
     themselves (plain SVD, no data)."""
-    allocation: Literal["loss", "uniform"] | None = None
-    """How ranks share the budget: by predicted loss, or the same ratio for every layer; by default as the
-    objective allows."""
+    allocation: Literal["loss", "probe", "uniform"] | None = None
+    """How ranks share the budget: by predicted loss; by output error times the sensitivity of the loss to it,
+    probed by forward passes (no gradients); or the same ratio for every layer. By default by loss where that
+    is the objective, else uniform."""
     centered: bool | None = None
     """Let the bias take the mean output, so that the factors spend nothing on it (AFM). By default where a
     layer has a bias; True gives every layer one, which stock models of some families cannot hold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.allocation == "loss" and self.objective != "loss":
+        wanted = {"loss": "loss", "probe": "output"}.get(self.allocation or "", self.objective)
+        if self.objective != wanted:
             raise ConfigError(
-                "allocation='loss' needs objective='loss': errors of outputs or weights in different layers "
-                "cannot be compared, and spending a budget by them is worse than uniform ranks."
+                f"allocation={self.allocation!r} needs objective={wanted!r}: what "
+                f"objective={self.objective!r} measures cannot be compared between layers, and spending a "
+                f"budget by it is worse than uniform ranks."
             )
 
 
@@ -66,12 +69,13 @@ class LoRDMethod(Method[LoRD]):
     Config = LoRD
 
     def needs(self) -> frozenset[Need]:
-        """Nothing for plain SVD; inputs; gradients too for the loss."""
-        return {
-            "weight": frozenset[Need](),
-            "output": frozenset({Need.INPUT}),
-            "loss": frozenset({Need.INPUT, Need.OUTPUT_GRADIENT}),
-        }[self.config.objective]
+        """Nothing for plain SVD; inputs; gradients too for the loss, or probes in their place."""
+        if self.config.objective == "weight":
+            return frozenset()
+        if self.config.allocation == "probe":
+            return frozenset({Need.INPUT, Need.SENSITIVITY})
+        by_loss = self.config.objective == "loss"
+        return frozenset({Need.INPUT, Need.OUTPUT_GRADIENT} if by_loss else {Need.INPUT})
 
     def check(self, site: Site) -> None:
         """Refuse what cannot become two factors."""
@@ -93,7 +97,8 @@ class LoRDMethod(Method[LoRD]):
             name = site.names[0]
             layer = layer_of(site.modules[0])
             dense[name] = layer.out_features * layer.in_features + _bias_size(layer)
-            options[name] = self._options(layer, self._decompose(layer, statistics.get(name)))
+            known = statistics.get(name)
+            options[name] = self._options(layer, self._decompose(layer, known), known)
         whole = counts.total if self.config.ratio_of == "total" else counts.blocks
         budget = sum(dense.values()) - round(self.config.ratio * whole)
         if budget <= 0:
@@ -101,10 +106,7 @@ class LoRDMethod(Method[LoRD]):
                 f"Removing {self.config.ratio:.0%} of {whole:,} parameters is more than the targeted layers "
                 f"have ({sum(dense.values()):,}). Lower the ratio, or target more layers (embeddings?)."
             )
-        by_loss = self.config.allocation == "loss" or (
-            self.config.allocation is None and self.config.objective == "loss"
-        )
-        chosen = allocate(options, budget) if by_loss else uniform(options, dense, budget)
+        chosen = allocate(options, budget) if self._predicts else uniform(options, dense, budget)
         return [Share(chosen[s.names[0]].rank, self._predicted(chosen[s.names[0]])) for s in sites]
 
     def structure(self, site: Site, share: Share) -> Mapping[str, LowRankNode]:
@@ -168,8 +170,19 @@ class LoRDMethod(Method[LoRD]):
         pulled = None if known.pulled is None else known.pulled.to(device)
         return linalg.decompose(matrix, C, G, pulled=pulled, ridge=GRADIENT_RIDGE)
 
-    def _options(self, layer: Layer, found: linalg.Decomposition) -> list[Option]:
+    @property
+    def _predicts(self) -> bool:
+        """Whether an option's loss is a prediction in nats."""
+        return self.config.allocation in ("loss", "probe") or (
+            self.config.allocation is None and self.config.objective == "loss"
+        )
+
+    def _options(
+        self, layer: Layer, found: linalg.Decomposition, known: SiteStatistics | None
+    ) -> list[Option]:
         """Every aligned rank below break-even, and the layer as it is."""
+        probed = None if known is None or self.config.allocation != "probe" else known.sensitivity
+        worth = 0.5 if probed is None else probed  # nats for one unit of the squared weighted error
         rows, columns = layer.out_features, layer.in_features
         dense = rows * columns + _bias_size(layer)
         bias = rows if layer.bias is not None or self._centers(layer) else 0
@@ -179,11 +192,11 @@ class LoRDMethod(Method[LoRD]):
         for rank in range(step, min(rows, columns) + 1, step):
             size = rank * (rows + columns) + bias
             if size < dense and size <= (1 - self.config.min_saving) * dense:
-                options.append(Option(rank, size, max(0.5 * float(tails[rank - 1]), 0.0)))
+                options.append(Option(rank, size, max(worth * float(tails[rank - 1]), 0.0)))
         return options
 
     def _predicted(self, option: Option) -> float | None:
-        return option.loss if self.config.objective == "loss" else None
+        return option.loss if self._predicts else None
 
 
 def _output_error(weight: Tensor, difference: Tensor, C: Tensor) -> float:

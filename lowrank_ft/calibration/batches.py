@@ -25,6 +25,8 @@ class Calibration:
     """Sequences of calibration text."""
     gradient_samples: int = 32
     """How many of them the backward pass for the output gradients uses."""
+    probe_samples: int = 1
+    """How many of those are run, once for every layer, where sensitivities are probed instead."""
     length: int = 512
     """Tokens of a sequence; texts are laid end to end and cut, unless the tokenizer marks their starts."""
     batch_size: int = 4
@@ -37,7 +39,7 @@ class Calibration:
     """Directory where statistics are kept for the next ratio or method, and finished layers for a resume."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "gradient_samples", "length", "batch_size"):
+        for name in ("samples", "gradient_samples", "probe_samples", "length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"calibration.{name} must be at least 1, but is {getattr(self, name)}.")
 

@@ -28,6 +28,10 @@ class SiteStatistics:
             over its tokens; ``(out, out)`` float64. None where it was not asked for, or where ``pulled`` is.
         pulled: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs: all that a decomposition
             needs of G there, and never larger than the model is wide.
+        fisher_rows: mean over each row of ``F = Σ (∂ℓ/∂W)²``, one gradient a sequence, ``(out,)`` float64.
+        fisher_columns: mean over each column of the same, ``(in,)``.
+        sensitivity: divergence of the model's output, in nats per token, per unit of ``E‖Δy‖²``, measured
+            without gradients.
     """
 
     tokens: int
@@ -35,6 +39,9 @@ class SiteStatistics:
     mean: Tensor
     G: Tensor | None = None
     pulled: Tensor | None = None
+    fisher_rows: Tensor | None = None
+    fisher_columns: Tensor | None = None
+    sensitivity: float | None = None
 
 
 class Moments:

@@ -63,13 +63,19 @@ class Store:
         Raises:
             CheckpointError: the file is damaged.
         """
-        for group, leaders in self._groups.items():
-            if name in leaders:
-                with self._open(self.directory / f"{group}.safetensors") as file:
-                    prefix = f"{leaders[name]}|"
-                    keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (no mapping)
-                    return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
-        return {}
+        group = next((g for g, leaders in self._groups.items() if name in leaders), None)
+        return {} if group is None else self.read_from(group, self._groups[group][name])
+
+    def read_from(self, group: str, leader: str) -> dict[str, Tensor]:
+        """Return what a group's file holds under a name."""
+        with self._open(self.directory / f"{group}.safetensors") as file:
+            prefix = f"{leader}|"
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (it is no mapping)
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+
+    def groups(self) -> list[str]:
+        """Return the finished groups, in order."""
+        return sorted(self._groups)
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -87,23 +93,31 @@ class Known(Mapping[str, SiteStatistics]):
     Attributes:
         inputs: moments of the layers' inputs.
         gradients: second moments of the gradients at their outputs.
+        probes: sensitivities.
     """
 
-    def __init__(self, inputs: Store, gradients: Store) -> None:
-        self.inputs, self.gradients = inputs, gradients
+    def __init__(self, inputs: Store, gradients: Store, probes: Store) -> None:
+        self.inputs, self.gradients, self.probes = inputs, gradients, probes
 
     def __getitem__(self, name: str) -> SiteStatistics:
         found = self.inputs.read(name)
         if not found:
             raise KeyError(name)
-        slopes = self.gradients.read(name)
+        tokens, sensitivity = int(found.pop("tokens")), self.probes.read(name).get("sensitivity")
         return SiteStatistics(
-            tokens=int(found["tokens"]),
-            C=found["C"],
-            mean=found["mean"],
-            G=slopes.get("G"),
-            pulled=slopes.get("pulled"),
+            tokens=tokens,
+            **found,
+            **self.gradients.read(name),
+            sensitivity=None if sensitivity is None else float(sensitivity),
         )
+
+    def influence(self) -> list[float]:
+        """Return each block's influence ``1 − E cos(x, y)`` (Men et al. 2024, arXiv 2403.03853, equation 1).
+
+        Empty for a model without a chain of blocks.
+        """
+        found = (self.inputs.read_from(group, "block") for group in self.inputs.groups())
+        return [float(block["influence"]) for block in found if block]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.inputs.names()))

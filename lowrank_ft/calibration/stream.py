@@ -74,8 +74,7 @@ class Chain:
             before: output of block ``index − 1``; None for block 0.
         """
         if index == len(self):
-            with self._stand_ins(index, before):
-                return forward(self.model, batch)
+            return self.resume(index, batch, before)
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             raise _ReachedError(output)
@@ -89,6 +88,11 @@ class Chain:
         finally:
             handle.remove()
         raise RuntimeError(f"The forward never reached block {index} of {self.name}.")
+
+    def resume(self, index: int, batch: Batch, before: Any) -> Any:
+        """Run everything from block ``index`` on, and return the model's output."""
+        with self._stand_ins(index, before):
+            return forward(self.model, batch)
 
     @contextmanager
     def _stand_ins(self, upto: int, output: Any) -> Iterator[None]:
@@ -139,9 +143,14 @@ def find_chain(model: nn.Module, batch: Batch) -> Chain | None:
 
 def _recorder(inputs: dict[int, Any], index: int) -> Callable[[Any, Any, Any], None]:
     def record(module: Any, args: Any, kwargs: Any) -> None:
-        inputs[index] = args[0] if args else kwargs.get("hidden_states")
+        inputs[index] = given_to(args, kwargs)
 
     return record
+
+
+def given_to(args: Any, kwargs: Any) -> Any:
+    """Return the hidden states among a block's arguments."""
+    return args[0] if args else kwargs.get("hidden_states")
 
 
 def hidden_of(output: Any) -> Tensor:

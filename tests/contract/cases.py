@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "lord": {
         "output": {"objective": "output"},
+        "probe": {"objective": "output", "allocation": "probe"},
         "weight": {"objective": "weight"},
         "centered": {"centered": True},
         "uncentered": {"centered": False},

@@ -131,6 +131,12 @@ def test_bad_input_changes_nothing(case: Case) -> None:
         (ConfigError, "below .* the least|is more than the targeted layers have", {"ratio": 0.999}),
         (ConfigError, "align must be at least 1", {"align": 0}),
         (ConfigError, "samples must be at least 1", {"calibration": {"samples": 0}}),
+        (ConfigError, "min_saving must lie between 0 and 1", {"min_saving": 1.0}),
+        (
+            ConfigError,
+            "below .* the least|more than the targeted layers",
+            {"ratio_of": "total", "ratio": 0.99},
+        ),
         (TargetError, "matches no layer", {"targets": "no_such_layer"}),
     ]
     for error, message, change in attempts:
