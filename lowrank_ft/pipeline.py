@@ -93,7 +93,8 @@ def compress(
     model.eval()
     try:
         with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-            chain = stream.find_chain(model, batches[0]) if batches else None
+            shelf = Path(scratch) if settings.hidden_states == "disk" else None
+            chain = stream.find_chain(model, batches[0], shelf) if batches else None
             root = Path(scratch if settings.cache is None else settings.cache)
             key = _key(model, chosen, batches)
             return _run(Run(model, method, chosen, batches, chain, root, key), needs, loss, Path(scratch))

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
+from lowrank_ft import engine
+from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.pipeline import count
 
 LENGTH = 512
@@ -66,7 +68,7 @@ def rows(suite: str) -> Iterator[Row]:
     by_loss, paper, probe = "LoRD, by loss", "LoRD, uniform (the paper)", "LoRD, by probing (no gradients)"
     yield Row("dense", 0.0)
     if suite == "code":
-        for ratio in (0.04, 0.08, 0.02, 0.06, 0.2):
+        for ratio in (0.04, 0.05, 0.08, 0.02, 0.06, 0.2):
             yield Row(by_loss, ratio)
         yield Row(paper, 0.02)
         return
@@ -148,6 +150,7 @@ def measure(
         sum(p.numel() for p in model.parameters() if p.requires_grad) if row.method.endswith("LoRA") else 0
     )
     figures: dict[str, Any] = {
+        "ranks removed": ranks_removed(model),
         "removed of blocks": 1 - (now.blocks - adapters) / dense.blocks,
         "removed of total": 1 - (now.total - adapters) / dense.total,
         "seconds": round(seconds, 1),
@@ -155,6 +158,17 @@ def measure(
     for name, tokens in corpora.items():
         figures[f"loss {name}"] = loss(model, tokens)
     return figures
+
+
+def ranks_removed(model: nn.Module) -> float:
+    """Return the share of the targeted layers' summed full ranks that is gone."""
+    layers = [row for stage in engine.stages_of(model) for row in stage["layers changed"]]
+    full = kept = 0
+    for row in layers:
+        layer = layer_of(model.get_submodule(row["module"]))
+        full += layer.max_rank
+        kept += layer.max_rank if row["rank"] is None else row["rank"]
+    return 1 - kept / full if full else 0.0
 
 
 def recover(model: nn.Module, tokens: Tensor, steps: int) -> None:
@@ -204,10 +218,12 @@ def table(done: list[dict[str, Any]]) -> str:
     for row in sorted(done, key=lambda r: (r["ratio"], r["method"], r["draw"])):
         line = {"method": row["method"], "removed of blocks": f"{row['removed of blocks']:.1%}"}
         line["removed of total"] = f"{row['removed of total']:.1%}"
+        line["ranks removed"] = f"{row['ranks removed']:.1%}" if "ranks removed" in row else ""
         line["draw"] = row["draw"]
         for name in (key.removeprefix("loss ") for key in row if key.startswith("loss ")):
-            line[f"{name} perplexity"] = f"{math.exp(row[f'loss {name}']):.2f}"
-            line[f"{name} rise (nats)"] = f"{row[f'loss {name}'] - dense[f'loss {name}']:.3f}"
+            rise = row[f"loss {name}"] - dense[f"loss {name}"]
+            line[f"{name} perplexity"] = f"{math.exp(row[f'loss {name}']):.2f} ({math.expm1(rise):+.1%})"
+            line[f"{name} rise (nats)"] = f"{rise:.3f}"
         lines.append(line)
     return tabulate(lines, "keys", "github", disable_numparse=True)
 

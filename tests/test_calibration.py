@@ -173,6 +173,23 @@ def by_hand(model: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, tuple[
     return {n: (torch.cat([x for x, _ in v]), torch.cat([g for _, g in v])) for n, v in seen.items()}
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "convnext"])
+def test_hidden_states_on_disk_change_nothing(name: str, tmp_path: Path) -> None:
+    model, data, shelf = TINY[name].model(torch.float64), data_for(name), tmp_path / "shelf"
+    shelf.mkdir()
+    kept = gather(name, model, stream.find_chain(model, data[0]), tmp_path / "a")
+    shelved = gather(name, model, stream.find_chain(model, data[0], shelf), tmp_path / "b")
+    for layer in kept:
+        # The same numbers; but strides are not kept, so kernels may add them up in another order.
+        torch.testing.assert_close(kept[layer].C, shelved[layer].C, rtol=1e-12, atol=1e-12)
+        for quantity in ("G", "pulled"):
+            ours, theirs = getattr(kept[layer], quantity), getattr(shelved[layer], quantity)
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * float(ours.abs().max()))
+    assert not list(shelf.iterdir())  # what nothing needs any more is gone
+
+
 def test_shared_inputs_are_counted_once(tmp_path: Path) -> None:
     model = TINY["llama"].model(torch.float64)
     store = gather("llama", model, stream.find_chain(model, data_for("llama")[0]), tmp_path)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Calibration:
     """Sequences that run at a time."""
     seed: int = 0
     """Which sequences are drawn, where there are more than `samples`."""
+    hidden_states: Literal["memory", "disk"] = "memory"
+    """Where to keep what lies between two blocks: `samples · length` positions, and for the backward pass
+    `gradient_samples · length` positions of every block."""
     sequential: bool = False
     """Let every block see what its compressed predecessors give it; costs a second pass."""
     cache: str | None = None

@@ -92,7 +92,7 @@ def _chained_inputs(
             with torch.no_grad():
                 out = chain.run(k, batches[i], stream.onload(before[i], device))
             progress.update(count_tokens([batches[i]]) / len(chain))
-            return None if k == len(chain) else stream.offload(out)
+            return None if k == len(chain) else stream.offload(out, chain.shelf)
 
         if store.has(group):
             states = [run(i) for i in range(len(batches))]
@@ -158,7 +158,7 @@ class _Listener:
         x, self.given = self.given, None
         if x is None or output is None:
             return
-        y = stream.hidden_of(output)
+        y = stream.hidden_of(stream.onload(output, torch.device("cpu")))
         if x.shape != y.shape:  # a stage of a convolutional network, say
             return
         apart = 1 - torch.cosine_similarity(x.to(y.device, torch.float64), y.to(torch.float64), dim=-1)
@@ -247,7 +247,8 @@ def _chained_gradients(
         states.append([])
         for i, batch in enumerate(batches):
             with torch.no_grad():
-                states[-1].append(stream.offload(chain.run(k, batch, stream.onload(states[k][i], device))))
+                out = chain.run(k, batch, stream.onload(states[k][i], device))
+            states[-1].append(stream.offload(out, chain.shelf))
             progress.update(count_tokens([batch]) * share)
     slopes: list[Tensor] = []
     collector = _Collector(modules, late, fisher)
@@ -440,7 +441,7 @@ def sensitivities(
                 store.put(f"{k:04d}", tensors, {name: name for name in names})
             if chain is not None:
                 states = [
-                    stream.offload(chain.run(k, batch, stream.onload(states[i], device)))
+                    stream.offload(chain.run(k, batch, stream.onload(states[i], device)), chain.shelf)
                     for i, batch in enumerate(batches)
                 ]
         progress.update(len(names))

@@ -7,11 +7,15 @@ has run ends the forward. The cost beyond a plain forward is the embedding, once
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -50,10 +54,11 @@ class Chain:
         model: the model.
         name: of the ModuleList that holds the blocks.
         blocks: the ModuleList.
+        shelf: directory for the hidden states between blocks; None keeps them in memory.
     """
 
-    def __init__(self, model: nn.Module, name: str, blocks: nn.ModuleList) -> None:
-        self.model, self.name, self.blocks = model, name, blocks
+    def __init__(self, model: nn.Module, name: str, blocks: nn.ModuleList, shelf: Path | None = None) -> None:
+        self.model, self.name, self.blocks, self.shelf = model, name, blocks, shelf
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -108,7 +113,7 @@ class Chain:
                 self.blocks._modules[str(i)] = real[i]
 
 
-def find_chain(model: nn.Module, batch: Batch) -> Chain | None:
+def find_chain(model: nn.Module, batch: Batch, shelf: Path | None = None) -> Chain | None:
     """Return the model's chain of blocks, or None where it has none.
 
     The candidate is the outermost ``ModuleList`` with the most parameters; one forward tells whether its
@@ -138,7 +143,7 @@ def find_chain(model: nn.Module, batch: Batch) -> Chain | None:
     if len(inputs) != len(blocks) or len(outputs) != len(blocks):
         return None
     chained = all(hidden_of(outputs[i]) is inputs[i + 1] for i in range(len(blocks) - 1))
-    return Chain(model, name, blocks) if chained else None
+    return Chain(model, name, blocks, shelf) if chained else None
 
 
 def _recorder(inputs: dict[int, Any], index: int) -> Callable[[Any, Any, Any], None]:
@@ -172,13 +177,36 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     return model(**inputs)
 
 
-def offload(output: Any) -> Any:
-    """Return what a block returned with its tensors detached and on the CPU."""
-    return pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, output)
+class _Shelved:
+    """What a block returned, on disk until nothing refers to it."""
+
+    def __init__(self, output: Any, shelf: Path) -> None:
+        leaves, self._spec = pytree.tree_flatten(output)
+        self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        handle, name = tempfile.mkstemp(dir=shelf, suffix=".safetensors")
+        os.close(handle)
+        self._path = Path(name)
+        save_file({str(i): t.contiguous() for i, t in enumerate(leaves) if isinstance(t, Tensor)}, self._path)
+
+    def read(self) -> Any:
+        tensors = load_file(self._path)
+        leaves = [tensors[str(i)].clone() if str(i) in tensors else r for i, r in enumerate(self._rest)]
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def __del__(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def offload(output: Any, shelf: Path | None) -> Any:
+    """Return what a block returned, its tensors detached and off the device: in memory, or on a shelf."""
+    here = pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, output)
+    return here if shelf is None else _Shelved(here, shelf)
 
 
 def onload(output: Any, device: torch.device, *, leaf: bool = False) -> Any:
     """Undo :func:`offload`; with ``leaf`` the hidden states ask for a gradient."""
+    if isinstance(output, _Shelved):
+        output = output.read()
     moved = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, output)
     if leaf:
         fresh = hidden_of(moved).detach().requires_grad_(True)

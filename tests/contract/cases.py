@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "weight": {"objective": "weight"},
         "centered": {"centered": True},
         "uncentered": {"centered": False},
-        "sequential": {"calibration": {"sequential": True}},
+        "sequential": {"calibration": {"sequential": True, "hidden_states": "disk"}},
     },
 }
 VARIANT_MODELS = ("llama", "gpt2", "resnet")
