@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
     parser.add_argument("--suite", choices=list(SUITES), default="text")
+    parser.add_argument("--only", choices=list(OPTIONS), help="run the rows of one method alone")
     parser.add_argument("--results", type=Path, help="JSON lines; docs/results/lord_smollm2_SUITE.jsonl")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--gradient-samples", type=int, default=32)
@@ -114,6 +115,8 @@ def main() -> None:
     )
     for row in rows(args.suite):
         key = {**asdict(row), "samples": args.samples}
+        if args.only not in (None, row.method):
+            continue
         if any(all(old.get(k) == v for k, v in key.items()) for old in done):
             continue
         done.append({**key, **measure(row, args, tokenizer, texts(args.assets / training), corpora)})
