@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_ft import checkpoint, data, engine, evaluation, models, registry, reporting, training
 from lowrank_ft import config as configs
 from lowrank_ft.algorithms.base import Counts, Family, MethodConfig
-from lowrank_ft.checkpoint import verify
+from lowrank_ft.checkpoint import files, verify
 from lowrank_ft.data import DataConfig
 from lowrank_ft.errors import CheckpointError, ConfigError
 from lowrank_ft.manifest import replacements
@@ -105,8 +106,8 @@ class Stage:
 def compress(config: CompressConfig) -> CompressResult:
     """Run the compression recipe.
 
-    Writes to ``config.output``: ``model/`` (for plain ``from_pretrained``), ``report.json``, ``report.html``
-    with plots, and ``config.yaml``.
+    Writes to ``config.output``: ``model/`` (for plain ``from_pretrained``), ``report.json``, and
+    ``report.html`` with plots.
 
     Raises:
         ConfigError: bad options, before anything is loaded where that can be known.
@@ -210,14 +211,10 @@ def windows(path: str, tokenizer: Any, config: CompressConfig) -> Tensor:
     Raises:
         ConfigError: too little text for one window.
     """
-    rows = data.read(path, None, "train")
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids = [token for text in rows["text"] for token in [*tokenizer(text)["input_ids"], *end]]
-    count = len(ids) // config.window
-    if count == 0:
+    ids = data.text_ids(data.read(path, None, "train")["text"], tokenizer)
+    if len(ids) < config.window:
         raise ConfigError(f"{path} has {len(ids)} tokens, too few for a window of {config.window}.")
-    blocks = torch.tensor(ids[: count * config.window]).view(count, config.window)
-    return blocks[torch.linspace(0, count - 1, min(count, config.windows)).long()]
+    return evaluation.spread_windows(ids, config.window, config.windows)
 
 
 def measure(
@@ -260,14 +257,10 @@ def _with_measured_errors(
     replaced = replacements(model)
     if probe is not None and replaced:
         dense, _ = models.load_causal_lm(config.model.path, config.model.dtype, "auto")
-        handles = []
-        for name, stock in dense.named_modules():
-            if name in replaced:
-                handles.append(stock.register_forward_hook(_comparison(found, name, replaced[name])))
-        with torch.no_grad(), engine.disabled(model):
+        for name, ours in replaced.items():
+            dense.get_submodule(name).register_forward_hook(_comparison(found, name, ours))
+        with torch.no_grad(), engine.disable(model) if engine.hosts(model) else nullcontext():
             dense.eval()(input_ids=probe.to(next(dense.parameters()).device))
-        for handle in handles:
-            handle.remove()
     return [{**row, "measured error": found.get(row["module"])} for row in rows]
 
 
@@ -282,7 +275,7 @@ def _comparison(found: dict[str, float], name: str, ours: nn.Module) -> Any:
 def _check_size(model: nn.Module, directory: Path) -> None:
     """Assert that the files hold as many numbers as the model has parameters and persistent buffers."""
     expected = sum({t.data_ptr(): t.numel() for t in model.state_dict().values() if t.numel()}.values())
-    stored = reporting.stored_numbers(directory)
+    stored = reporting.stored_numbers(directory, files.read_index(directory)["files"])
     if stored != expected:
         raise CheckpointError(
             f"{directory} holds {stored:,} numbers, but the model has {expected:,}: it was not written whole."

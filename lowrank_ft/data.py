@@ -122,6 +122,18 @@ def pack(rows: Mapping[str, Sequence[Sequence[int]]], length: int) -> dict[str, 
     return {key: [value[i : i + length] for i in range(0, total, length)] for key, value in joined.items()}
 
 
+def text_ids(texts: Sequence[str], tokenizer: Any, max_tokens: int | None = None) -> Tensor:
+    """Return texts as one row of token ids, each ended by the end-of-text token."""
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    return torch.tensor(ids[:max_tokens])
+
+
 def _kind(dataset: Any, config: DataConfig) -> str:
     columns = set(dataset.column_names)
     needs = {

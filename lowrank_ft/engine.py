@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -26,7 +26,6 @@ from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.modules.lowrank import LowRank
-from lowrank_ft.modules.replacement import Replacement
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -149,13 +148,6 @@ def disable(model: nn.Module) -> Iterator[None]:
     finally:
         for host, active in before:
             host.use(active)
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Like :func:`disable`, for models that may have no adapter."""
-    with disable(model) if hosts(model) else nullcontext():
-        yield
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:
@@ -362,32 +354,6 @@ def check_can_change(model: nn.Module) -> None:
         raise StateError(
             "The model is itself a single layer, which cannot be replaced in place: put it in a container."
         )
-
-
-def check_can_compress(model: nn.Module, chosen: Sequence[sites.Site]) -> None:
-    """Raise ``StateError`` where the layers of these sites cannot be replaced."""
-    if hosts(model):
-        raise StateError(
-            f"The model carries the adapters {list(adapter_names(model))}. Compressing would leave them on "
-            f"weights that are gone: merge(model, reversible=False) or unload() them first."
-        )
-    shared = ties.shared(stock_tensors(model))
-    for site in chosen:
-        for name, module in zip(site.names, site.modules, strict=True):
-            if isinstance(module, Replacement):
-                raise StateError(
-                    f"{name} is compressed already: exclude it, or start from the original model."
-                )
-            if any(p.is_meta for p in module.parameters()):
-                raise StateError(
-                    f"The weight of {name} is on the meta device: load the model's weights first."
-                )
-            others = ties.other_users(model, module, shared)
-            if others:
-                raise StateError(
-                    f"The weight of {name} is shared with {others[0]} (tied embeddings), so it cannot be "
-                    f"replaced alone: exclude it, or untie the two before compressing."
-                )
 
 
 def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> None:

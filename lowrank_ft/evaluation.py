@@ -94,6 +94,21 @@ def mean_loss(model: nn.Module, dataset: Any, collator: data.Collator, batch_siz
     return Loss(loss / count, int(count), accuracy)
 
 
+def spread_windows(ids: Tensor, length: int, count: int) -> Tensor:
+    """Cut a row of token ids into windows and return ``count`` of them, spread evenly, or all.
+
+    Args:
+        ids: ``(tokens,)``.
+        length: tokens of a window; what is left over at the end is dropped.
+        count: at most so many.
+
+    Returns:
+        ``(windows, length)``; no windows where there is too little text for one.
+    """
+    blocks = ids[: len(ids) // length * length].view(-1, length)
+    return blocks if count >= len(blocks) else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+
+
 def window_loss(model: nn.Module, windows: Tensor, what: str, batch_size: int = 4) -> float:
     """Return the mean loss over windows of text, in nats per token; a window's first token is not scored.
 
@@ -269,20 +284,8 @@ def _measure_text(model: nn.Module, tokenizer: Any, config: EvaluateConfig) -> P
     rows = data.read(config.text, None, config.text_split)
     if config.text_column not in rows.column_names:
         raise ConfigError(f"{config.text} has no column {config.text_column!r}: {rows.column_names}.")
-    ids = text_ids(rows[config.text_column], tokenizer, config.max_tokens)
+    ids = data.text_ids(rows[config.text_column], tokenizer, config.max_tokens)
     return perplexity(model, ids, window=config.window, stride=config.stride, batch_size=config.batch_size)
-
-
-def text_ids(texts: Sequence[str], tokenizer: Any, max_tokens: int | None = None) -> Tensor:
-    """Return texts as one row of token ids, each ended by the end-of-text token."""
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        if max_tokens is not None and len(ids) >= max_tokens:
-            break
-    return torch.tensor(ids[:max_tokens])
 
 
 def run_lm_eval(model: nn.Module, tokenizer: Any, config: EvaluateConfig) -> dict[str, dict[str, float]]:

@@ -72,6 +72,11 @@ def replacements(model: nn.Module) -> dict[str, Replacement]:
     return found
 
 
+def node_of(module: nn.Module) -> Node:
+    """Return the structure of one module: a stock one is dense."""
+    return module.structure() if isinstance(module, Replacement) else DenseNode()
+
+
 # JSON -----------------------------------------------------------------------------------------------------
 
 

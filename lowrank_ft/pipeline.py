@@ -17,20 +17,20 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from lowrank_ft import config as configs
-from lowrank_ft import engine, layouts, linalg
+from lowrank_ft import engine, layouts, linalg, ties
 from lowrank_ft.algorithms.base import Counts, Method, Need, Share
 from lowrank_ft.calibration import batches as batching
 from lowrank_ft.calibration import collect, stream
 from lowrank_ft.calibration.batches import Batch
-from lowrank_ft.calibration.store import Known, Store
+from lowrank_ft.calibration.store import Known, Store, write_whole
 from lowrank_ft.checkpoint import base_model
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import ConfigError, StateError
 from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.modules.replacement import Replacement
 from lowrank_ft.sites import Site
 
 
@@ -77,7 +77,7 @@ def compress(
         NonFiniteError: activations that are not finite.
         StateError: the model carries adapters, or shares a weight that is to be replaced.
     """
-    engine.check_can_compress(model, chosen)
+    _check(model, chosen)
     for site in chosen:
         method.check(site)
     settings = method.config.calibration
@@ -100,6 +100,32 @@ def compress(
             return _run(Run(model, method, chosen, batches, chain, root, key), needs, loss, Path(scratch))
     finally:
         model.train(was_training)
+
+
+def _check(model: nn.Module, chosen: Sequence[Site]) -> None:
+    """Raise ``StateError`` where the layers of these sites cannot be replaced."""
+    if engine.hosts(model):
+        raise StateError(
+            f"The model carries the adapters {list(engine.adapter_names(model))}. Compressing would leave "
+            f"them on weights that are gone: merge(model, reversible=False) or unload() them first."
+        )
+    shared = ties.shared(engine.stock_tensors(model))
+    for site in chosen:
+        for name, module in zip(site.names, site.modules, strict=True):
+            if isinstance(module, Replacement):
+                raise StateError(
+                    f"{name} is compressed already: exclude it, or start from the original model."
+                )
+            if any(p.is_meta for p in module.parameters()):
+                raise StateError(
+                    f"The weight of {name} is on the meta device: load the model's weights first."
+                )
+            others = ties.other_users(model, module, shared)
+            if others:
+                raise StateError(
+                    f"The weight of {name} is shared with {others[0]} (tied embeddings), so it cannot be "
+                    f"replaced alone: exclude it, or untie the two before compressing."
+                )
 
 
 def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: Path) -> list[dict[str, Any]]:
@@ -178,8 +204,10 @@ def _warn_of_few_tokens(run: Run, known: Known) -> None:
     short = []
     for name, module in run.modules.items():
         layer = layer_of(module)
-        if name in known and layer.kind != "embedding" and known[name].tokens < layer.in_features:
-            short.append((known[name].tokens, layer.in_features, name))
+        if name in known and layer.kind != "embedding":
+            tokens = known.tokens(name)
+            if tokens < layer.in_features:
+                short.append((tokens, layer.in_features, name))
     if short:
         tokens, features, name = min(short)
         warnings.warn(
@@ -202,9 +230,8 @@ def _sequential(
     rows: dict[str, dict[str, Any]] = {}
     originals = dict(run.modules)
     fresh = Store(journal.directory)
-    known = Known(
-        fresh, dense.gradients, dense.probes
-    )  # inputs as they are now, the rest from the dense model
+    # Inputs as they are now; the rest as the dense model had it.
+    known = Known(fresh, dense.gradients, dense.probes)
 
     def after(names: Sequence[str]) -> bool:
         for name in names:
@@ -239,11 +266,8 @@ class Journal:
 
     def write(self, name: str, modules: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> None:
         """Write a finished site: all of it or nothing."""
-        path = self._path(name)
-        tensors = {f"{n}|{k}": t.contiguous() for n, m in modules.items() for k, t in m.state_dict().items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
-        partial.replace(path)
+        tensors = {f"{n}|{k}": t for n, m in modules.items() for k, t in m.state_dict().items()}
+        write_whole(self._path(name), tensors, {"facts": json.dumps(facts)})
 
     def read(self, name: str, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
         """Fill the modules of a site that was finished before; None where it was not."""

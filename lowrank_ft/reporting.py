@@ -7,7 +7,7 @@ import io
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +130,7 @@ def _of_directory(directory: Path) -> Report:
         active=list(index.get("active", [])),
         total_parameters=None,
         trainable_parameters=None,
-        adapter_parameters=stored_numbers(directory),
+        adapter_parameters=stored_numbers(directory, index["files"]),
         bytes=sum(facts["bytes"] for facts in index["files"].values()),
         rows=rows,
     )
@@ -152,13 +152,15 @@ def _describe(node: manifest.Node) -> dict[str, str]:
     return described if base.kind == "dense" else {"base": f"{base.kind} r={base.rank}", **described}
 
 
-def stored_numbers(directory: Path) -> int:
-    """Return how many numbers the safetensors files of a checkpoint hold."""
+def stored_numbers(directory: Path, names: Iterable[str]) -> int:
+    """Return how many numbers a checkpoint's own safetensors files hold; others may lie beside them."""
     from safetensors import safe_open
 
     total = 0
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
+    for name in names:
+        if not name.endswith(".safetensors"):
+            continue
+        with safe_open(directory / name, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
                 total += torch.Size(tensors.get_slice(key).get_shape()).numel()
     return total

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
-from lowrank_ft import engine
+from lowrank_ft import data, engine, evaluation
 from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.pipeline import count
 
@@ -159,7 +159,7 @@ def measure(
         "seconds": round(seconds, 1),
     }
     for name, tokens in corpora.items():
-        figures[f"loss {name}"] = loss(model, tokens)
+        figures[f"loss {name}"] = evaluation.window_loss(model, tokens, name)
     return figures
 
 
@@ -199,19 +199,7 @@ def texts(path: Path) -> list[str]:
 
 def windows(documents: list[str], tokenizer: Any, count: int, length: int = LENGTH) -> Tensor:
     """Return ``count`` windows spread evenly over documents laid end to end, ``(count, length)``."""
-    ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    blocks = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return blocks if count >= len(blocks) else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
-
-
-def loss(model: nn.Module, tokens: Tensor) -> float:
-    """Return the mean loss in nats per token."""
-    total = 0.0
-    with torch.no_grad():
-        for batch in torch.split(tokens, 4):
-            logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1)
-            total += nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return evaluation.spread_windows(data.text_ids(documents, tokenizer), length, count)
 
 
 def table(done: list[dict[str, Any]]) -> str:

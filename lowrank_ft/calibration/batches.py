@@ -118,8 +118,7 @@ def _from_texts(texts: Sequence[str], tokenizer: Any, settings: Calibration) -> 
 
 
 def _packed(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], *end]]
+    ids = datasets.text_ids(texts, tokenizer).tolist()
     whole = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     return whole or ([ids] if len(ids) > 1 else [])  # one token predicts nothing
 

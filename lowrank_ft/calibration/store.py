@@ -15,6 +15,13 @@ from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import CheckpointError
 
 
+def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file: all of it or nothing, whenever the process is killed."""
+    partial = path.with_suffix(".partial")
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata=metadata)
+    partial.replace(path)
+
+
 class Store:
     """Tensors by layer name, in one file for each group of layers.
 
@@ -50,27 +57,27 @@ class Store:
             tensors: ``"layer|quantity"`` to tensor.
             leaders: for each layer, the one whose tensors it shares.
         """
-        path = self.directory / f"{group}.safetensors"
-        partial = path.with_suffix(".partial")
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={"leaders": json.dumps(leaders)})
-        partial.replace(path)
+        write_whole(self.directory / f"{group}.safetensors", tensors, {"leaders": json.dumps(leaders)})
         self._groups[group] = dict(leaders)
 
-    def read(self, name: str) -> dict[str, Tensor]:
+    def read(self, name: str, only: str = "") -> dict[str, Tensor]:
         """Return a layer's tensors by quantity; empty where the layer is not known.
+
+        Args:
+            name: the layer.
+            only: the one quantity to read; all of them by default.
 
         Raises:
             CheckpointError: the file is damaged.
         """
         group = next((g for g, leaders in self._groups.items() if name in leaders), None)
-        return {} if group is None else self.read_from(group, self._groups[group][name])
+        return {} if group is None else self.read_from(group, self._groups[group][name], only)
 
-    def read_from(self, group: str, leader: str) -> dict[str, Tensor]:
+    def read_from(self, group: str, leader: str, only: str = "") -> dict[str, Tensor]:
         """Return what a group's file holds under a name."""
         with self._open(self.directory / f"{group}.safetensors") as file:
             prefix = f"{leader}|"
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (it is no mapping)
+            keys = [key for key in file.keys() if key.startswith(prefix + only)]  # noqa: SIM118 (no mapping)
             return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
 
     def groups(self) -> list[str]:
@@ -110,6 +117,13 @@ class Known(Mapping[str, SiteStatistics]):
             **self.gradients.read(name),
             sensitivity=None if sensitivity is None else float(sensitivity),
         )
+
+    def tokens(self, name: str) -> int:
+        """Return how many positions a known layer's moments are the mean of, without reading the moments."""
+        return int(self.inputs.read(name, only="tokens")["tokens"])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.inputs.names()
 
     def influence(self) -> list[float]:
         """Return each block's influence ``1 − E cos(x, y)`` (Men et al. 2024, arXiv 2403.03853, equation 1).

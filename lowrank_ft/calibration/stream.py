@@ -21,8 +21,6 @@ from torch.utils import _pytree as pytree
 
 from lowrank_ft.calibration.batches import Batch
 
-Visit = Callable[[int], None]
-
 
 class _ReachedError(Exception):
     """Carries a block's output out of the model's forward."""
@@ -134,12 +132,8 @@ def find_chain(model: nn.Module, batch: Batch, shelf: Path | None = None) -> Cha
     for i, block in enumerate(blocks):
         handles.append(block.register_forward_pre_hook(_recorder(inputs, i), with_kwargs=True))
         handles.append(block.register_forward_hook(lambda m, a, out, i=i: outputs.setdefault(i, out)))
-    try:
-        with torch.no_grad():
-            forward(model, {key: value[:1] for key, value in batch.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(handles), torch.no_grad():
+        forward(model, {key: value[:1] for key, value in batch.items()})
     if len(inputs) != len(blocks) or len(outputs) != len(blocks):
         return None
     chained = all(hidden_of(outputs[i]) is inputs[i + 1] for i in range(len(blocks) - 1))

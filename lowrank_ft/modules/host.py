@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.manifest import Node, node_of
 from lowrank_ft.modules.replacement import Replacement
 
 
@@ -65,7 +65,7 @@ class Host(Replacement):
 
     def base_node(self) -> Node:
         """Return the structure of the base."""
-        return self.base.structure() if isinstance(self.base, Replacement) else DenseNode()
+        return node_of(self.base)
 
     @abstractmethod
     def merged(self) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
-from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.manifest import DenseNode, Node, node_of
 from lowrank_ft.modules.layer import EmbeddingLayer, Layer, LinearLayer, layer_of
 from lowrank_ft.modules.replacement import Replacement
 from lowrank_ft.registry import register_node
@@ -47,7 +47,7 @@ class LowRankNode(Node):
         weight = layer.weight
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         if layer.kind == "embedding":
-            # A table of zeros would not save the cost of the random one that nn.Embedding draws.
+            # Given its table, nn.Embedding does not draw a random one first.
             first: nn.Module = nn.Embedding(
                 layer.in_features,
                 self.rank,
@@ -95,8 +95,8 @@ class LowRank(Replacement):
         return LowRankNode(
             rank=self.rank,
             bias=self.bias is not None,
-            first=_node(self.first),
-            second=_node(self.second),
+            first=node_of(self.first),
+            second=node_of(self.second),
         )
 
     @property
@@ -190,10 +190,6 @@ class LowRank(Replacement):
 
     def _trains(self) -> bool:
         return any(p.requires_grad for p in self.parameters())
-
-
-def _node(module: nn.Module) -> Node:
-    return module.structure() if isinstance(module, Replacement) else DenseNode()
 
 
 def _match_sizes(module: nn.Module) -> None:
