@@ -58,9 +58,10 @@ def main() -> None:
     rows = [*passes(args), *memory(args), *speed(args)]
     print(tabulate(rows, "keys", "github", disable_numparse=True))
     if args.results:
+        setting = {"sequences": args.sequences, "threads": args.threads, "torch": torch.__version__}
         with args.results.open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps({**row, "threads": args.threads, "torch": torch.__version__}) + "\n")
+                file.write(json.dumps({**row, **setting}) + "\n")
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Tensor]]]:
