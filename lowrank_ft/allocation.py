@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowrank_ft.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a layer.
+    """One way to store a layer, or a group of coupled ones.
 
     Attributes:
-        rank: of its factors; None leaves the layer dense.
+        rank: of its factors, or what remains of the group's inner width; None leaves it as it is.
         size: what it costs of the budget (parameters, or bytes).
         loss: the predicted rise of the model's loss; 0 for a dense layer.
+        ranks: for a group whose layers are factored one by one, their ranks by name.
     """
 
     rank: int | None
     size: int
     loss: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
@@ -56,36 +58,69 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
     return _fill(options, chosen, left)
 
 
+def combined(layers: Mapping[str, Sequence[Option]]) -> list[Option]:
+    """Return the options of a group whose layers are stored one by one: the hull of all combinations.
+
+    Args:
+        layers: each layer's options, by name.
+
+    Returns:
+        Options with ``ranks``; the layers that they do not name stay dense.
+    """
+    hulls = {name: _hull(choices) for name, choices in layers.items()}
+    now = {name: hull[0] for name, hull in hulls.items()}
+    steps = [(_gain(low, high), name, high) for name, hull in hulls.items() for low, high in _pairs(hull)]
+    found = [_sum(now)]
+    for _, name, high in sorted(steps, key=lambda step: -step[0]):
+        now[name] = high
+        found.append(_sum(now))
+    return found
+
+
+def _sum(chosen: Mapping[str, Option]) -> Option:
+    ranks = {name: option.rank for name, option in chosen.items() if option.rank is not None}
+    size, loss = sum(o.size for o in chosen.values()), sum(o.loss for o in chosen.values())
+    return Option(None, size, loss, ranks)
+
+
 def uniform(
-    options: Mapping[str, Sequence[Option]], dense: Mapping[str, int], budget: int
+    options: Mapping[str, Sequence[Option]],
+    dense: Mapping[str, int],
+    budget: int,
+    keep: Mapping[str, float] | None = None,
 ) -> dict[str, Option]:
-    """Give every layer the same share of its dense size, rounded so that the budget is met.
+    """Give every layer its share of its dense size, rounded so that the budget is met.
 
     Args:
         options: for each layer, its options.
         dense: the layers' sizes as they are.
         budget: what the sizes may add up to.
+        keep: each layer's share; by default the same for all.
 
     Raises:
         ConfigError: the smallest options are above the budget.
     """
-    share = budget / sum(dense.values())
+    even = budget / sum(dense.values())
+    target = {name: dense[name] * (even if keep is None else keep[name]) for name in options}
     chosen = {}
     for name, choices in options.items():
-        fitting = [option for option in choices if option.size <= share * dense[name]]
+        fitting = [option for option in choices if option.size <= target[name]]
         smallest = min(choices, key=lambda option: option.size)
         chosen[name] = max(fitting, key=lambda option: option.size) if fitting else smallest
     left = budget - sum(option.size for option in chosen.values())
     if left < 0:
         raise ConfigError(f"The budget of {budget:,} is below the least these layers can have.")
     # Hand the rounding back, one step at a time, to those that lost most of theirs.
-    behind = sorted(options, key=lambda name: chosen[name].size - share * dense[name])
-    for name in behind:
-        larger = [o for o in options[name] if chosen[name].size < o.size <= chosen[name].size + left]
-        if larger:
-            step = min(larger, key=lambda option: option.size)
-            left -= step.size - chosen[name].size
-            chosen[name] = step
+    behind = sorted(options, key=lambda name: chosen[name].size - target[name])
+    moved = True
+    while moved:
+        moved = False
+        for name in behind:
+            larger = [o for o in options[name] if chosen[name].size < o.size <= chosen[name].size + left]
+            if larger:
+                step = min(larger, key=lambda option: option.size)
+                left -= step.size - chosen[name].size
+                chosen[name], moved = step, True
     return chosen
 
 

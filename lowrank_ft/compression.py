@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ from lowrank_ft.algorithms.base import Counts, Family, MethodConfig
 from lowrank_ft.checkpoint import files, verify
 from lowrank_ft.data import DataConfig
 from lowrank_ft.errors import CheckpointError, ConfigError
-from lowrank_ft.manifest import replacements
+from lowrank_ft.modules.lowrank import LowRank
+from lowrank_ft.modules.resized import Resized
 from lowrank_ft.pipeline import count
+from lowrank_ft.sites import stock_modules
 from lowrank_ft.training import FinetuneConfig, ModelConfig, TrainConfig
 
 
@@ -252,21 +253,33 @@ def _speed(model: nn.Module, length: int) -> float:
 def _with_measured_errors(
     rows: Sequence[Mapping[str, Any]], model: nn.Module, config: CompressConfig, probe: Tensor | None
 ) -> list[dict[str, Any]]:
-    """Add each layer's relative output error on held-out text, on the dense model's inputs."""
+    """Add the relative output error on held-out text, on the dense model's inputs, where it can be told.
+
+    It can for factors, and for MLPs, whose channels are some of the dense model's.
+    """
     found: dict[str, float] = {}
-    replaced = replacements(model)
-    if probe is not None and replaced:
+    ours = {
+        name: module
+        for name, module in stock_modules(model).items()
+        if isinstance(module, LowRank) or (isinstance(module, Resized) and module.columns is not None)
+    }
+    if probe is not None and ours:
         dense, _ = models.load_causal_lm(config.model.path, config.model.dtype, "auto")
-        for name, ours in replaced.items():
-            dense.get_submodule(name).register_forward_hook(_comparison(found, name, ours))
-        with torch.no_grad(), engine.disable(model) if engine.hosts(model) else nullcontext():
+        for name, module in ours.items():
+            dense.get_submodule(name).register_forward_hook(_comparison(found, name, module))
+        with torch.no_grad():
             dense.eval()(input_ids=probe.to(next(dense.parameters()).device))
-    return [{**row, "measured error": found.get(row["module"])} for row in rows]
+    return [
+        {**row, "measured error": None if row["role"] == "v-o" else found.get(row["layers"][-1])}
+        for row in rows
+    ]
 
 
 def _comparison(found: dict[str, float], name: str, ours: nn.Module) -> Any:
     def compare(module: nn.Module, args: Any, output: Tensor) -> None:
-        difference = (ours(args[0]) - output).double()
+        columns = getattr(ours, "columns", None)
+        x = args[0] if columns is None else args[0][..., columns]
+        difference = (ours(x) - output).double()
         found[name] = float(difference.norm() / output.double().norm().clamp_min(1e-300))
 
     return compare

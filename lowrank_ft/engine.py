@@ -26,6 +26,8 @@ from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.modules.lowrank import LowRank
+from lowrank_ft.modules.replacement import Container
+from lowrank_ft.modules.resized import Resized
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -102,7 +104,7 @@ def wrap(
         check_can_wrap(model, name)
     check_can_change(model)
     for stage in stages:
-        chosen = sites.select(model, targets, exclude, layers)
+        chosen = stage.sites(model, sites.select(model, targets, exclude, layers))
         where = {
             "targets": configs.plain(targets),
             "exclude": configs.plain(exclude),
@@ -357,40 +359,69 @@ def check_can_change(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Put modules in the place of stock ones, by name."""
-    owners, modules = _owners(model), sites.stock_modules(model)
-    for name, module in new.items():
-        _replace(owners, modules[name], module)
+    """Put modules in the place of stock ones, by name: what stands around others before those.
+
+    A container that stands there already stays, with what it holds.
+    """
+    outer = {name for name in new if any(other.startswith(f"{name}.") for other in new)}
+    for names in (outer, new.keys() - outer):
+        owners, modules = _owners(model), sites.stock_modules(model)
+        for name, module in new.items():
+            stands = isinstance(module, Container) and isinstance(modules[name], Container)
+            if name in names and not stands:
+                _replace(owners, modules[name], module)
     ties.rename(model)
 
 
 def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
     """Undo :func:`replace`, whatever part of it was done."""
-    current = sites.stock_modules(model)
-    replace(model, {name: module for name, module in originals.items() if current[name] is not module})
+    replace(model, originals)
 
 
 @contextmanager
 def multiplied_out(model: nn.Module) -> Iterator[None]:
-    """Run the block with one stock layer in the place of each pair of factors.
+    """Run the block with a stock layer of the stock size in the place of each compressed one.
 
     Raises:
-        StateError: factors with a bias where the stock model has none.
+        StateError: a bias where the stock model has none.
     """
-    factored = {name: module for name, module in replacements(model).items() if isinstance(module, LowRank)}
-    extra = [name for name, module in factored.items() if module.adds_bias]
+    compressed = (LowRank, Resized, Container)
+    found = {name: module for name, module in replacements(model).items() if isinstance(module, compressed)}
+    extra = [name for name, module in found.items() if getattr(module, "adds_bias", False)]
     if extra:
         raise StateError(
             f"{extra[0]} has a bias that a stock {type(model).__name__} cannot hold ({len(extra)} such "
-            f"layers). Compress with centered=None, which adds none."
+            f"layers). Compress with centered=None, which adds none, or leave the layer out."
         )
-    replace(model, {name: module.dense() for name, module in factored.items()})
+    with instead(model, {name: module.dense() for name, module in found.items()}):
+        yield
+
+
+@contextmanager
+def instead(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Run the block with modules in the place of replaced ones, by name."""
+    replaced = replacements(model)
+    before = {name: replaced[name] for name in new}
+    replace(model, new)
     _write_config(model)
     try:
         yield
     finally:
-        put_back(model, factored)
+        put_back(model, before)
         _write_config(model)
+
+
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    """Run the block with the active adapters merged, if there are any."""
+    merges = bool(hosts(model))
+    if merges:
+        merge(model)
+    try:
+        yield
+    finally:
+        if merges:
+            unmerge(model)
 
 
 def stages_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -483,15 +514,13 @@ def restore_structure(model: nn.Module, nodes: Mapping[str, Node]) -> None:
     Raises:
         CheckpointError: the model lacks a module that the manifest names.
     """
-    modules, owners = dict(model.named_modules()), _owners(model)
+    modules = dict(model.named_modules())
     for name in nodes:
         if name not in modules or not name:
             raise CheckpointError(
                 f"The manifest names a module {name!r} that {type(model).__name__} does not have."
             )
-    for name, node in nodes.items():
-        _replace(owners, modules[name], node.build(modules[name]))
-    ties.rename(model)
+    replace(model, {name: node.build(modules[name]) for name, node in nodes.items()})
 
 
 def restore_state(

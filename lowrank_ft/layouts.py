@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import dataclass
+
 from torch import nn
+
+from lowrank_ft.errors import TargetError, did_you_mean
 
 # The role of a layer, by the longest suffix of its name that is listed here.
 ROLES: dict[str, str] = {
@@ -58,6 +63,92 @@ HEADS = frozenset(
         "lm_prediction_head",
     }
 )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model family calls the coupled parts of a block, by the endings of their names.
+
+    Attributes:
+        up: the layer into the MLP.
+        down: the layer out of it.
+        gate: the layer whose activation multiplies ``up``'s output, if there is one.
+        gated_up: whether ``up`` holds gate and up, one above the other.
+        attention: the module that attends; empty where its heads cannot be resized here.
+        q, k, v, o: its projections.
+        rotary: whether positions turn pairs of dimensions of queries and keys.
+        why: why its heads cannot be resized here.
+        width: the option of the family's config that holds the width of all MLPs; empty where none does.
+    """
+
+    up: str
+    down: str
+    gate: str = ""
+    gated_up: bool = False
+    attention: str = ""
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    rotary: bool = True
+    why: str = ""
+    width: str = "intermediate_size"
+
+
+_LLAMA = Layout("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", attention="self_attn")
+_FUSED = "its queries, keys and values come from one matrix"
+_ENCODER = "an encoder's attention has another forward"
+_BERT = Layout("intermediate.dense", "output.dense", why=_ENCODER)
+
+# One row for each `model_type` whose MLP and attention can be taken apart.
+LAYOUTS: dict[str, Layout] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi3": Layout("mlp.gate_up_proj", "mlp.down_proj", gated_up=True, why=_FUSED),
+    "opt": Layout("fc1", "fc2", attention="self_attn", o="out_proj", rotary=False, width="ffn_dim"),
+    "gpt2": Layout("mlp.c_fc", "mlp.c_proj", why=_FUSED, width="n_inner"),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "vit": Layout("mlp.fc1", "mlp.fc2", why=_ENCODER),
+    "convnext": Layout("pwconv1", "pwconv2", width=""),
+    "dinov2": Layout("mlp.fc1", "mlp.fc2", why=_ENCODER, width=""),
+}
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Return the row of a model's family.
+
+    Raises:
+        TargetError: there is none.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in LAYOUTS:
+        return LAYOUTS[kind]
+    raise TargetError(
+        f"There is no layout for the model type {kind!r} ({type(model).__name__}), so its coupled layers are "
+        f"not known.{did_you_mean(str(kind), LAYOUTS)} Known: {', '.join(LAYOUTS)}. For a model whose MLP is "
+        f"down(act(gate(x)) * up(x)), say what the layers are called: lowrank_ft.layouts.LAYOUTS[{kind!r}] = "
+        f"Layout(up='mlp.up_proj', down='mlp.down_proj', gate='mlp.gate_proj')."
+    )
+
+
+def mlp_of(layout: Layout, name: str, names: Container[str]) -> tuple[str, ...]:
+    """Return the layers of the MLP that a layer is in: gate (if there is one), up, down; empty if in none.
+
+    Args:
+        layout: the family's.
+        name: the layer.
+        names: of all modules, since several layers can have the ending that an MLP's has.
+    """
+    parts = [part for part in (layout.gate, layout.up, layout.down) if part]
+    for part in parts:
+        found = tuple(f"{name.removesuffix(part)}{other}" for other in parts)
+        if name.endswith(f".{part}") and all(other in names for other in found):
+            return found
+    return ()
 
 
 def role_of(name: str, module: nn.Module) -> str:

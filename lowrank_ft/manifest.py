@@ -18,7 +18,7 @@ from torch import nn
 
 from lowrank_ft import config, registry
 from lowrank_ft.errors import CheckpointError, ConfigError
-from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.modules.replacement import Container, Replacement
 
 _MODULE_NAME = re.compile(r"[^./\\\s]+(\.[^./\\\s]+)*")
 
@@ -61,14 +61,18 @@ def describe(model: nn.Module) -> Manifest:
 
 
 def replacements(model: nn.Module) -> dict[str, Replacement]:
-    """Return the outermost replaced modules of ``model`` by name, in module order."""
+    """Return the outermost replaced modules of ``model`` by name, in module order.
+
+    A container and what it holds both count.
+    """
     found: dict[str, Replacement] = {}
     outermost = None
     for name, module in model.named_modules():  # a module comes directly before all that is inside it
         if outermost is not None and name.startswith(f"{outermost}."):
             continue
         if isinstance(module, Replacement):
-            found[name], outermost = module, name
+            found[name] = module
+            outermost = outermost if isinstance(module, Container) else name
     return found
 
 

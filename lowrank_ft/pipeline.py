@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from lowrank_ft.calibration.store import Known, Store, write_whole
 from lowrank_ft.checkpoint import base_model
 from lowrank_ft.errors import ConfigError, StateError
 from lowrank_ft.modules.layer import layer_of
-from lowrank_ft.modules.replacement import Replacement
-from lowrank_ft.sites import Site
+from lowrank_ft.modules.replacement import Container, Replacement
+from lowrank_ft.sites import Site, stock_modules
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Run:
         batches: calibration data; empty where the method needs none.
         chain: the model's blocks, if it has a chain of them.
         root: where statistics and finished layers are kept.
-        key: hash of the model, the data and the sites.
+        key: hash of the model and the data.
     """
 
     model: nn.Module
@@ -58,8 +58,9 @@ class Run:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The targeted layers by name."""
-        return {n: m for site in self.chosen for n, m in zip(site.names, site.modules, strict=True)}
+        """The targeted layers by name, in module order."""
+        layers = {n: m for site in self.chosen for n, m in site.layers.items()}
+        return {n: layers[n] for n in stock_modules(self.model) if n in layers}
 
 
 def compress(
@@ -96,7 +97,7 @@ def compress(
             shelf = Path(scratch) if settings.hidden_states == "disk" else None
             chain = stream.find_chain(model, batches[0], shelf) if batches else None
             root = Path(scratch if settings.cache is None else settings.cache)
-            key = _key(model, chosen, batches)
+            key = _key(model, batches)
             return _run(Run(model, method, chosen, batches, chain, root, key), needs, loss, Path(scratch))
     finally:
         model.train(was_training)
@@ -135,15 +136,15 @@ def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: P
     counts = count(run.model)
     shares = method.plan(run.chosen, store, counts)
     journal = Journal(run, shares)
-    plan = {site.names[0]: (site, share) for site, share in zip(run.chosen, shares, strict=True)}
+    plan = list(zip(run.chosen, shares, strict=True))
     if not settings.sequential or not needs:
         facts = [
             _solve(run, site, share, store, journal)
-            for site, share in tqdm(plan.values(), desc="Compressing", unit="layer", leave=False)
+            for site, share in tqdm(plan, desc="Compressing", unit="site", leave=False)
         ]
         new = {name: module for modules, _ in facts for name, module in modules.items()}
         engine.replace(run.model, new)
-        rows = [row for _, row in facts]
+        rows = [row for _, of_site in facts for row in of_site]
     else:
         rows = _sequential(run, plan, store, journal)
     journal.close()
@@ -175,28 +176,57 @@ def _statistics(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scr
 
 def _solve(
     run: Run, site: Site, share: Share, statistics: Mapping[str, Any], journal: Journal
-) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
     """Build and fill what stands at one site; from the journal where it was finished before."""
     nodes = run.method.structure(site, share)
     modules = dict(zip(site.names, site.modules, strict=True))
-    row: dict[str, Any] = {
-        "module": site.names[0],
-        "role": site.role,
-        "rank": share.rank,
-        "parameters before": sum(p.numel() for m in site.modules for p in m.parameters()),
-        "predicted": share.predicted,
-    }
     new = {name: node.build(modules[name]) for name, node in nodes.items()}
+    found: dict[str, Any] = {}
     if new:
-        found = journal.read(site.names[0], new)
-        if found is None:
-            found = dict(run.method.values(site, new, statistics) or {})
-            journal.write(site.names[0], new, found)
-        row.update(found)
-        for name, module in new.items():
-            module.requires_grad_(any(p.requires_grad for p in modules[name].parameters()))
-    row["parameters"] = sum(p.numel() for name, m in {**modules, **new}.items() for p in m.parameters())
-    return new, row
+        known = journal.read(site.name, new)
+        found = dict(run.method.values(site, new, statistics) or {}) if known is None else known
+        if known is None:
+            journal.write(site.name, new, found)
+        for name in site.layers.keys() & new.keys():
+            new[name].requires_grad_(any(p.requires_grad for p in modules[name].parameters()))
+    return new, _rows(site, share, new, found)
+
+
+def _rows(
+    site: Site, share: Share, new: Mapping[str, nn.Module], found: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What the report says of a site: one row; of a group factored layer by layer, one for each layer."""
+    if not share.ranks:
+        return [_row(site, share.rank, new, share.predicted, found)]
+    rows = []
+    for name, module in site.layers.items():
+        layer = Site((name,), (module,), layouts.role_of(name, module))
+        rows.append(_row(layer, share.ranks.get(name), new, None, found.get(name, {})))
+    rows[0]["predicted"] = share.predicted  # for the group
+    return rows
+
+
+def _row(
+    site: Site,
+    rank: int | None,
+    new: Mapping[str, nn.Module],
+    predicted: float | None,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "module": site.name,
+        "layers": list(site.layers),
+        "role": site.role,
+        "rank": rank,
+        "parameters before": _size(site.layers.values()),
+        "parameters": _size(new.get(name, layer) for name, layer in site.layers.items()),
+        "predicted": predicted,
+        **facts,
+    }
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _warn_of_few_tokens(run: Run, known: Known) -> None:
@@ -220,24 +250,23 @@ def _warn_of_few_tokens(run: Run, known: Known) -> None:
 
 
 def _sequential(
-    run: Run, plan: Mapping[str, tuple[Site, Share]], dense: Known, journal: Journal
+    run: Run, plan: Sequence[tuple[Site, Share]], dense: Known, journal: Journal
 ) -> list[dict[str, Any]]:
     """Compress block by block, each on what its compressed predecessors give it."""
     if run.chain is None:
         raise ConfigError(
             "calibration.sequential needs a model with a chain of blocks, and this one has none."
         )
-    rows: dict[str, dict[str, Any]] = {}
-    originals = dict(run.modules)
+    rows: dict[int, list[dict[str, Any]]] = {}
+    originals = {n: m for site in run.chosen for n, m in zip(site.names, site.modules, strict=True)}
     fresh = Store(journal.directory)
     # Inputs as they are now; the rest as the dense model had it.
     known = Known(fresh, dense.gradients, dense.probes)
 
     def after(names: Sequence[str]) -> bool:
-        for name in names:
-            if name in plan:
-                site, share = plan[name]
-                new, rows[name] = _solve(run, site, share, known, journal)
+        for number, (site, share) in enumerate(plan):
+            if site.layers.keys() <= set(names):
+                new, rows[number] = _solve(run, site, share, known, journal)
                 engine.replace(run.model, new)
         return bool(names)
 
@@ -246,7 +275,7 @@ def _sequential(
     except BaseException:
         engine.put_back(run.model, originals)
         raise
-    return [rows[name] for name in plan]
+    return [row for number in range(len(plan)) for row in rows[number]]
 
 
 class Journal:
@@ -259,14 +288,14 @@ class Journal:
             "key": run.key,
             "method": run.method.name,
             "options": options,
-            "ranks": [share.rank for share in shares],
+            "ranks": [[share.rank, dict(share.ranks)] for share in shares],
         }
         self.directory = run.root / f"journal-{_digest(recipe)}"
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, modules: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> None:
         """Write a finished site: all of it or nothing."""
-        tensors = {f"{n}|{k}": t for n, m in modules.items() for k, t in m.state_dict().items()}
+        tensors = {f"{n}|{k}": t for n, m in _own(modules).items() for k, t in m.state_dict().items()}
         write_whole(self._path(name), tensors, {"facts": json.dumps(facts)})
 
     def read(self, name: str, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
@@ -274,7 +303,7 @@ class Journal:
         if not self._path(name).exists():
             return None
         with safe_open(self._path(name), framework="pt") as file:
-            for module_name, module in modules.items():
+            for module_name, module in _own(modules).items():
                 state = {k: file.get_tensor(f"{module_name}|{k}") for k in module.state_dict()}
                 module.load_state_dict(state)
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
@@ -286,6 +315,11 @@ class Journal:
 
     def _path(self, name: str) -> Path:
         return self.directory / f"site-{name}.done"
+
+
+def _own(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of the modules that hold values; containers have none of their own."""
+    return {name: module for name, module in modules.items() if not isinstance(module, Container)}
 
 
 def count(model: nn.Module) -> Counts:
@@ -302,14 +336,13 @@ def count(model: nn.Module) -> Counts:
     return Counts(total=sum(total.values()), blocks=sum(n for key, n in total.items() if key not in outside))
 
 
-def _key(model: nn.Module, chosen: Sequence[Site], batches: Sequence[Batch]) -> str:
+def _key(model: nn.Module, batches: Sequence[Batch]) -> str:
     tensors = {k: t for k, t in engine.stock_tensors(model).items() if t.is_floating_point()}
     dtypes = sorted({str(t.dtype) for t in tensors.values()})
     return _digest(
         {
             "model": base_model.digest(tensors),
             "dtypes": dtypes,
-            "sites": [site.names for site in chosen],
             "data": batching.fingerprint(batches),
         }
     )

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +18,9 @@ from torch import nn
 
 from lowrank_ft import engine, layouts, manifest, registry
 from lowrank_ft.checkpoint import files, native
-from lowrank_ft.errors import CheckpointError
 from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.copied import CopiedNode
 from lowrank_ft.modules.host import Host
-from lowrank_ft.modules.lowrank import LowRankNode
 
 ADAPTER_FILES = (native.ADAPTER_FILE, files.INDEX)
 
@@ -141,15 +139,21 @@ def _describe(node: manifest.Node) -> dict[str, str]:
         parts: Mapping[str, manifest.Node] = node.deltas
     elif isinstance(node, CopiedNode):
         parts = node.copies
-    elif isinstance(node, LowRankNode):
-        return {"rank": str(node.rank)}
     else:
-        raise CheckpointError(f"Nodes of kind {node.kind!r} cannot be reported.")
+        return {what: str(value) for what, value in _sizes(node).items()}
     described = {
         name: part.kind + (f" r={part.rank}" if hasattr(part, "rank") else "") for name, part in parts.items()
     }
     base = cast(Any, node).base
-    return described if base.kind == "dense" else {"base": f"{base.kind} r={base.rank}", **described}
+    if base.kind == "dense":
+        return described
+    sizes = ", ".join(f"{what} {value}" for what, value in _sizes(base).items())
+    return {"base": f"{base.kind} ({sizes})", **described}
+
+
+def _sizes(node: manifest.Node) -> dict[str, Any]:
+    """The numbers in a node."""
+    return {f.name: v for f in fields(cast(Any, node)) if isinstance(v := getattr(node, f.name), int)}
 
 
 def stored_numbers(directory: Path, names: Iterable[str]) -> int:

@@ -14,7 +14,7 @@ from lowrank_ft import layouts
 from lowrank_ft.errors import TargetError, did_you_mean
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import Layer, find_layer, layer_of
-from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.modules.replacement import Container, Replacement
 
 T = TypeVar("T")
 
@@ -39,6 +39,17 @@ class Site:
     modules: tuple[nn.Module, ...]
     role: str
 
+    @property
+    def name(self) -> str:
+        """The name of its first layer, by which it goes in plans, journals and reports."""
+        return next(iter(self.layers))
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Those of the modules that are layers, by name."""
+        pairs = zip(self.names, self.modules, strict=True)
+        return {name: module for name, module in pairs if find_layer(module) is not None}
+
 
 def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of ``model`` by the names they have in the stock model.
@@ -56,7 +67,7 @@ def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
         seen.add(id(module))
         if name:
             found[name] = module
-        if isinstance(module, Replacement):
+        if isinstance(module, Replacement) and not isinstance(module, Container):
             return  # what a compressor left is one layer, whatever it is made of
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}" if name else child_name)

@@ -1,4 +1,4 @@
-"""Perplexity of compressed SmolLM2: plain SVD, LoRD as published, and LoRD with ranks by predicted loss.
+"""Perplexity of compressed SmolLM2: plain SVD, LoRD and MoDeGPT as published, and both by predicted loss.
 
 The suite ``text`` is calibrated on Wikipedia, and measured on held-out articles of Wikipedia and on the Brown
 corpus; ``code`` is calibrated on one half of Python's standard library, and measured on the other half and on
@@ -44,13 +44,23 @@ SUITES: dict[str, tuple[str, dict[str, tuple[str, int]]]] = {
         {"python": ("code/heldout.jsonl", 24), "humaneval": ("code/humaneval.jsonl", 24)},
     ),
 }
+MLP = ["gate_proj", "up_proj", "down_proj"]
+# For each line of the table: the method and its options; what it is followed by is in its name.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain SVD": {"objective": "weight"},
-    "LoRD, uniform (the paper)": {"objective": "output", "centered": True},
-    "LoRD, by probing (no gradients)": {"objective": "output", "allocation": "probe"},
-    "LoRD, by loss": {},
-    "LoRD, by loss, sequential": {},
-    "LoRD, by loss, then LoRA": {},
+    "plain SVD": {"method": "lord", "objective": "weight"},
+    "LoRD, uniform (the paper)": {"method": "lord", "objective": "output", "centered": True},
+    "LoRD, by probing (no gradients)": {"method": "lord", "objective": "output", "allocation": "probe"},
+    "LoRD, by loss": {"method": "lord"},
+    "LoRD, by loss, sequential": {"method": "lord"},
+    "LoRD, by loss, then LoRA": {"method": "lord"},
+    "MoDeGPT, the paper": {"method": "modegpt", "recipe": "paper"},
+    "MoDeGPT, the paper, MLP only": {"method": "modegpt", "recipe": "paper", "targets": MLP},
+    "MoDeGPT, by loss": {"method": "modegpt"},
+    "MoDeGPT, by loss, MLP only": {"method": "modegpt", "low_rank": False, "targets": MLP},
+    "MoDeGPT, by loss, no factors": {"method": "modegpt", "low_rank": False},
+    "MoDeGPT, by loss, leverage scores": {"method": "modegpt", "selection": "leverage"},
+    "MoDeGPT, by loss, sequential": {"method": "modegpt"},
+    "MoDeGPT, by loss, then LoRA": {"method": "modegpt"},
 }
 
 
@@ -72,9 +82,22 @@ def rows(suite: str) -> Iterator[Row]:
             yield Row(by_loss, ratio)
         yield Row(paper, 0.02)
         return
+    ours, published = "MoDeGPT, by loss", "MoDeGPT, the paper"
     for ratio in (0.2, 0.3, 0.1, 0.4, 0.5):
         yield Row(by_loss, ratio)
         yield Row(paper, ratio)
+        yield Row(ours, ratio)
+        yield Row(published, ratio)
+    yield Row(f"{ours}, then LoRA", 0.2)
+    for ratio in (0.3, 0.2, 0.4):
+        yield Row(f"{published}, MLP only", ratio)
+        yield Row(f"{ours}, MLP only", ratio)
+    for draw in (1, 2):
+        yield Row(ours, 0.3, draw)
+        yield Row(published, 0.3, draw)
+    yield Row(f"{ours}, no factors", 0.3)
+    yield Row(f"{ours}, leverage scores", 0.3)
+    yield Row(f"{ours}, sequential", 0.3)
     for ratio in (0.2, 0.3):
         yield Row(f"{by_loss}, sequential", ratio)
     for draw in (1, 2):
@@ -95,8 +118,10 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
     parser.add_argument("--suite", choices=list(SUITES), default="text")
-    parser.add_argument("--only", choices=list(OPTIONS), help="run the rows of one method alone")
-    parser.add_argument("--results", type=Path, help="JSON lines; docs/results/lord_smollm2_SUITE.jsonl")
+    parser.add_argument("--only", help="run only the rows whose method begins so")
+    parser.add_argument(
+        "--results", type=Path, help="JSON lines; docs/results/compression_smollm2_SUITE.jsonl"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--gradient-samples", type=int, default=32)
     parser.add_argument("--recovery-steps", type=int, default=30)
@@ -108,14 +133,14 @@ def main() -> None:
     corpora = {
         name: windows(texts(args.assets / path), tokenizer, count) for name, (path, count) in held_out.items()
     }
-    args.results = args.results or Path(f"docs/results/lord_smollm2_{args.suite}.jsonl")
+    args.results = args.results or Path(f"docs/results/compression_smollm2_{args.suite}.jsonl")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     done = (
         [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     )
     for row in rows(args.suite):
         key = {**asdict(row), "samples": args.samples}
-        if args.only not in (None, row.method):
+        if not row.method.startswith(args.only or ""):
             continue
         if any(all(old.get(k) == v for k, v in key.items()) for old in done):
             continue
@@ -144,7 +169,7 @@ def measure(
             "cache": str(args.cache),
         }
         looks = {} if options.get("objective") == "weight" else {"data": training, "tokenizer": tokenizer}
-        lowrank_ft.wrap(model, "lord", ratio=row.ratio, calibration=settings, **options, **looks)
+        lowrank_ft.wrap(model, ratio=row.ratio, calibration=settings, **options, **looks)
         if row.method.endswith("LoRA"):
             recover(model, windows(training, tokenizer, 10**6, 256), args.recovery_steps)
     seconds = time.perf_counter() - started
@@ -153,18 +178,20 @@ def measure(
         sum(p.numel() for p in model.parameters() if p.requires_grad) if row.method.endswith("LoRA") else 0
     )
     figures: dict[str, Any] = {
-        "ranks removed": ranks_removed(model),
+        **({"ranks removed": ranks_removed(model)} if "LoRD" in row.method else {}),
         "removed of blocks": 1 - (now.blocks - adapters) / dense.blocks,
         "removed of total": 1 - (now.total - adapters) / dense.total,
         "seconds": round(seconds, 1),
     }
+    if row.method.endswith("LoRA"):
+        figures["recovery steps"] = args.recovery_steps
     for name, tokens in corpora.items():
         figures[f"loss {name}"] = evaluation.window_loss(model, tokens, name)
     return figures
 
 
 def ranks_removed(model: nn.Module) -> float:
-    """Return the share of the targeted layers' summed full ranks that is gone."""
+    """Return the share of the targeted layers' summed full ranks that is gone (LoRD: one layer a row)."""
     layers = [row for stage in engine.stages_of(model) for row in stage["layers changed"]]
     full = kept = 0
     for row in layers:

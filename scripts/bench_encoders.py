@@ -1,4 +1,4 @@
-"""Linear probes on compressed encoders: plain SVD, LoRD with uniform ranks, and LoRD with ranks by loss.
+"""Linear probes on compressed encoders: plain SVD, LoRD with uniform ranks and by loss, and MoDeGPT by loss.
 
 MiniLM reads sentences of film reviews (Rotten Tomatoes; mean of the last hidden states), DINOv2 pictures of
 clothes (Fashion-MNIST at 98 × 98 pixels; the class token). Compression sees training inputs and no labels. A
@@ -43,9 +43,10 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, a
 BATCH = 64
 CALIBRATION_BATCH = 16
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain SVD": {"objective": "weight"},
-    "LoRD, uniform": {"objective": "output"},
-    "LoRD, by loss": {},
+    "plain SVD": {"method": "lord", "objective": "weight"},
+    "LoRD, uniform": {"method": "lord", "objective": "output"},
+    "LoRD, by loss": {"method": "lord"},
+    "MoDeGPT, by loss": {"method": "modegpt"},
 }
 
 
@@ -101,7 +102,7 @@ def main() -> None:
     )
     parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
     parser.add_argument("--encoder", choices=list(TASKS), help="one of them only")
-    parser.add_argument("--results", type=Path, default=Path("docs/results/lord_encoders.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/encoders.jsonl"))
     parser.add_argument("--gradient-samples", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -142,7 +143,7 @@ def measure(key: dict[str, Any], task: Task, dense: Dense) -> dict[str, Any]:
         data = None if options.get("objective") == "weight" else task.calibration
         settings = {"gradient_samples": key["gradient samples"]}
         started = time.perf_counter()
-        lowrank_ft.wrap(model, "lord", ratio=key["ratio"], data=data, calibration=settings, **options)
+        lowrank_ft.wrap(model, ratio=key["ratio"], data=data, calibration=settings, **options)
         seconds = time.perf_counter() - started
         test, blocks = features(model, task, task.test), count(model).blocks
         refit = fitted(features(model, task, task.train), task.train)

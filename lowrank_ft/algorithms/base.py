@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
+from torch import nn
 
 from lowrank_ft.calibration.batches import Calibration
 from lowrank_ft.calibration.statistics import SiteStatistics
@@ -82,6 +83,25 @@ class CompressorConfig(MethodConfig):
         if self.align < 1:
             raise ConfigError(f"align must be at least 1, but is {self.align}.")
 
+    def budget(self, targeted: int, counts: Counts) -> int:
+        """Return how many parameters the targeted layers may keep.
+
+        Args:
+            targeted: how many they have.
+            counts: the model's.
+
+        Raises:
+            ConfigError: they have fewer than are to be removed.
+        """
+        whole = counts.total if self.ratio_of == "total" else counts.blocks
+        left = targeted - round(self.ratio * whole)
+        if left <= 0:
+            raise ConfigError(
+                f"Removing {self.ratio:.0%} of {whole:,} parameters is more than the targeted layers have "
+                f"({targeted:,}). Lower the ratio, or target more layers (embeddings?)."
+            )
+        return left
+
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
@@ -113,12 +133,14 @@ class Share:
     """What the plan gives one site.
 
     Attributes:
-        rank: of what is put there; None leaves the site as it is.
+        rank: of what is put there; None leaves the site as it is, or its layers to ``ranks``.
         predicted: predicted rise of the model's loss, where the method predicts one.
+        ranks: for a group whose layers are factored one by one, their ranks by name.
     """
 
     rank: int | None = None
     predicted: float | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 Statistics = Mapping[str, SiteStatistics]
@@ -139,6 +161,18 @@ class Method(ABC, Generic[ConfigT]):
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
+
+    def sites(self, model: nn.Module, chosen: list[Site]) -> list[Site]:
+        """Return the sites that the targeted layers form; by default one for each layer.
+
+        Args:
+            model: the model.
+            chosen: one site for each targeted layer, in module order.
+
+        Raises:
+            TargetError: layers that do not form what the method acts on.
+        """
+        return chosen
 
     def check(self, site: Site) -> None:
         """Raise ``TargetError`` where the method cannot act on a site; called before any work is done."""

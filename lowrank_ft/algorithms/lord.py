@@ -96,16 +96,18 @@ class LoRDMethod(Method[LoRD]):
         for site in sites:
             name = site.names[0]
             layer = layer_of(site.modules[0])
-            dense[name] = layer.out_features * layer.in_features + _bias_size(layer)
+            dense[name] = size_of(layer)
             known = statistics.get(name)
-            options[name] = self._options(layer, self._decompose(layer, known), known)
-        whole = counts.total if self.config.ratio_of == "total" else counts.blocks
-        budget = sum(dense.values()) - round(self.config.ratio * whole)
-        if budget <= 0:
-            raise ConfigError(
-                f"Removing {self.config.ratio:.0%} of {whole:,} parameters is more than the targeted layers "
-                f"have ({sum(dense.values()):,}). Lower the ratio, or target more layers (embeddings?)."
+            probed = None if known is None or self.config.allocation != "probe" else known.sensitivity
+            options[name] = rank_options(
+                layer,
+                self._decompose(layer, known),
+                centers=self._centers(layer),
+                align=self.config.align,
+                min_saving=self.config.min_saving,
+                worth=0.5 if probed is None else probed,
             )
+        budget = self.config.budget(sum(dense.values()), counts)
         chosen = allocate(options, budget) if self._predicts else uniform(options, dense, budget)
         return [Share(chosen[s.names[0]].rank, self._predicted(chosen[s.names[0]])) for s in sites]
 
@@ -120,55 +122,20 @@ class LoRDMethod(Method[LoRD]):
     def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
         """Fill the factors and the bias, and report what they leave."""
         (name,) = site.names
-        layer, module = layer_of(site.modules[0]), cast(LowRank, new[name])
-        known = statistics.get(name)
+        layer, known = layer_of(site.modules[0]), statistics.get(name)
         found = self._decompose(layer, known)
-        factors = found.truncate(module.rank).balanced()
-        weight = layer.matrix().double()
-        layer_of(module.second).weight.copy_(factors.B)
-        first = layer_of(module.first)
-        first.weight.copy_(first.to_weight(factors.A))
-        if module.bias is not None:
-            bias = torch.zeros(layer.out_features, dtype=torch.float64, device=weight.device)
-            if layer.bias is not None:
-                bias += layer.bias
-            if self._centers(layer) and known is not None:
-                mean = known.mean.to(weight.device)
-                bias += weight @ mean - factors.B @ (factors.A @ mean)
-            module.bias.copy_(bias)
-        facts: dict[str, Any] = {
-            "relative error": (found.error(module.rank) / found.total) ** 0.5 if found.total else 0.0,
-            "spectrum": _thinned((found.energies / found.total).tolist()) if found.total else [],
-        }
-        if known is not None:
-            facts["tokens"] = known.tokens
-            facts["output error"] = _output_error(weight, weight - factors.B @ factors.A, known.C)
-        if found.root is not None:
-            facts.update(ridge=found.root.ridge, condition=found.root.condition, factored=found.root.method)
-        return facts
+        return fill(cast(LowRank, new[name]), layer, known, found, centers=self._centers(layer))
 
     def _centers(self, layer: Layer) -> bool:
-        """Whether this layer's bias takes its mean output. An embedding's factors always can have one."""
         if self.config.objective == "weight":
             return False
-        wanted = self.config.centered
-        return layer.bias is not None or layer.kind == "embedding" if wanted is None else wanted
+        return centers(layer) if self.config.centered is None else self.config.centered
 
     def _decompose(self, layer: Layer, known: SiteStatistics | None) -> linalg.Decomposition:
         if known is None or self.config.objective == "weight":
             return linalg.decompose(layer.matrix())
-        device, matrix = layer.weight.device, layer.matrix().double()
-        C, mean = known.C.to(device), known.mean.to(device)
-        centers = self._centers(layer)
-        if centers and C.dim() == 2:
-            C = C - torch.outer(mean, mean)
-        elif centers:  # of one-hot tokens: the table without its mean row has the same covariance
-            matrix = matrix - (matrix @ mean)[:, None]
-        if self.config.objective == "output":
-            return linalg.decompose(matrix, C)
-        G = None if known.G is None else known.G.to(device)
-        pulled = None if known.pulled is None else known.pulled.to(device)
-        return linalg.decompose(matrix, C, G, pulled=pulled, ridge=GRADIENT_RIDGE)
+        by_loss = self.config.objective == "loss"
+        return decompose(layer, known, by_loss=by_loss, centers=self._centers(layer))
 
     @property
     def _predicts(self) -> bool:
@@ -177,36 +144,118 @@ class LoRDMethod(Method[LoRD]):
             self.config.allocation is None and self.config.objective == "loss"
         )
 
-    def _options(
-        self, layer: Layer, found: linalg.Decomposition, known: SiteStatistics | None
-    ) -> list[Option]:
-        """Every aligned rank below break-even, and the layer as it is."""
-        probed = None if known is None or self.config.allocation != "probe" else known.sensitivity
-        worth = 0.5 if probed is None else probed  # nats for one unit of the squared weighted error
-        rows, columns = layer.out_features, layer.in_features
-        dense = rows * columns + _bias_size(layer)
-        bias = rows if layer.bias is not None or self._centers(layer) else 0
-        tails = found.total - torch.cumsum(found.energies, 0)
-        options = [Option(None, dense, 0.0)]
-        step = min(self.config.align, min(rows, columns))
-        for rank in range(step, min(rows, columns) + 1, step):
-            size = rank * (rows + columns) + bias
-            if size < dense and size <= (1 - self.config.min_saving) * dense:
-                options.append(Option(rank, size, max(worth * float(tails[rank - 1]), 0.0)))
-        return options
-
     def _predicted(self, option: Option) -> float | None:
         return option.loss if self._predicts else None
 
 
-def _output_error(weight: Tensor, difference: Tensor, C: Tensor) -> float:
-    """The relative error of a layer's outputs, bias apart: ``‖ΔW C^½‖ / ‖W C^½‖``."""
+# One layer, for other methods too ---------------------------------------------------------------------------
+
+
+def centers(layer: Layer) -> bool:
+    """Whether a layer's bias takes its mean output by default: where it has one. An embedding always can."""
+    return layer.bias is not None or layer.kind == "embedding"
+
+
+def decompose(layer: Layer, known: SiteStatistics, *, by_loss: bool, centers: bool) -> linalg.Decomposition:
+    """Decompose a layer under the metric of its inputs, and of its outputs' gradients.
+
+    Args:
+        layer: linear, or an embedding.
+        known: its moments.
+        by_loss: weigh outputs by what they do to the loss.
+        centers: leave the mean to the bias.
+    """
+    device, matrix = layer.weight.device, layer.matrix().double()
+    C, mean = known.C.to(device), known.mean.to(device)
+    if centers and C.dim() == 2:
+        C = C - torch.outer(mean, mean)
+    elif centers:  # of one-hot tokens: the table without its mean row has the same covariance
+        matrix = matrix - (matrix @ mean)[:, None]
+    if not by_loss:
+        return linalg.decompose(matrix, C)
+    G = None if known.G is None else known.G.to(device)
+    pulled = None if known.pulled is None else known.pulled.to(device)
+    return linalg.decompose(matrix, C, G, pulled=pulled, ridge=GRADIENT_RIDGE)
+
+
+def rank_options(
+    layer: Layer,
+    found: linalg.Decomposition,
+    *,
+    centers: bool,
+    align: int,
+    min_saving: float,
+    worth: float = 0.5,
+) -> list[Option]:
+    """Return every aligned rank below break-even, and the layer as it is.
+
+    Args:
+        layer: the layer.
+        found: its decomposition.
+        centers: whether its bias takes the mean, so that it needs one.
+        align: ranks are multiples of this.
+        min_saving: the least share of its parameters that must go.
+        worth: nats for one unit of the squared weighted error.
+    """
+    rows, columns, dense = layer.out_features, layer.in_features, size_of(layer)
+    bias = rows if layer.bias is not None or centers else 0
+    tails = found.total - torch.cumsum(found.energies, 0)
+    options = [Option(None, dense, 0.0)]
+    step = min(align, min(rows, columns))
+    for rank in range(step, min(rows, columns) + 1, step):
+        size = rank * (rows + columns) + bias
+        if size < dense and size <= (1 - min_saving) * dense:
+            options.append(Option(rank, size, max(worth * float(tails[rank - 1]), 0.0)))
+    return options
+
+
+def fill(
+    module: LowRank, layer: Layer, known: SiteStatistics | None, found: linalg.Decomposition, *, centers: bool
+) -> dict[str, Any]:
+    """Fill two factors and their bias with the best of their rank, and report what they leave.
+
+    Args:
+        module: to be filled.
+        layer: what it stands for.
+        known: the layer's moments; None for plain SVD.
+        found: its decomposition.
+        centers: whether the bias takes the mean.
+    """
+    factors = found.truncate(module.rank).balanced()
+    weight = layer.matrix().double()
+    layer_of(module.second).weight.copy_(factors.B)
+    first = layer_of(module.first)
+    first.weight.copy_(first.to_weight(factors.A))
+    if module.bias is not None:
+        bias = torch.zeros(layer.out_features, dtype=torch.float64, device=weight.device)
+        if layer.bias is not None:
+            bias += layer.bias
+        if centers and known is not None:
+            mean = known.mean.to(weight.device)
+            bias += weight @ mean - factors.B @ (factors.A @ mean)
+        module.bias.copy_(bias)
+    facts: dict[str, Any] = {
+        "relative error": (found.error(module.rank) / found.total) ** 0.5 if found.total else 0.0,
+        "spectrum": _thinned((found.energies / found.total).tolist()) if found.total else [],
+    }
+    if known is not None:
+        facts["tokens"] = known.tokens
+        facts["output error"] = output_error(weight, weight - factors.B @ factors.A, known.C)
+    if found.root is not None:
+        facts.update(ridge=found.root.ridge, condition=found.root.condition, factored=found.root.method)
+    return facts
+
+
+def output_error(weight: Tensor, difference: Tensor, C: Tensor) -> float:
+    """Return the relative error of a layer's outputs, bias apart: ``‖ΔW C^½‖ / ‖W C^½‖``."""
     C = C.to(weight.device)
-    return math.sqrt(linalg.weighted_error(difference, C) / max(linalg.weighted_error(weight, C), 1e-300))
+    error = max(linalg.weighted_error(difference, C), 0.0)  # by rounding below zero, where C is singular
+    return math.sqrt(error / max(linalg.weighted_error(weight, C), 1e-300))
 
 
-def _bias_size(layer: Layer) -> int:
-    return 0 if layer.bias is None else layer.out_features
+def size_of(layer: Layer) -> int:
+    """Return how many parameters a dense layer has."""
+    return layer.out_features * layer.in_features + (0 if layer.bias is None else layer.out_features)
 
 
 def _thinned(values: list[float], points: int = 64) -> list[float]:

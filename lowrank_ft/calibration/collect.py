@@ -40,7 +40,7 @@ def inputs(
         chain: its blocks, or None for one pass over the whole model.
         modules: the layers, by name.
         batches: the data.
-        store: where finished blocks are; those that are there already are not gathered again.
+        store: where finished blocks are; layers that are there already are not gathered again.
         after: called with a block's layers once their statistics are there. Where it answers True it has
             changed the block, which then runs again, so that later blocks see what it gives now.
 
@@ -53,7 +53,7 @@ def inputs(
     passes = 1 if after is None else 2  # a changed block runs again
     progress = _progress(passes * count_tokens(batches), "Calibrating")
     if chain is None:
-        listener = _Listener(modules, set(modules))
+        listener = _Listener(modules, set(modules) - store.names())
         for batch in batches:
             with listener.listening(batch), torch.no_grad():
                 stream.forward(model, batch)
@@ -84,7 +84,7 @@ def _chained_inputs(
     states: list[Any] = [None] * len(batches)
     last = max((k for k in groups if k is not None), default=0)
     for k in [*range(len(chain) if waiting else last + 1), len(chain)]:
-        group, is_end = f"{k:04d}", k == len(chain)
+        is_end = k == len(chain)
         if is_end and not waiting:
             break
 
@@ -94,19 +94,20 @@ def _chained_inputs(
             progress.update(count_tokens([batches[i]]) / len(chain))
             return None if k == len(chain) else stream.offload(out, chain.shelf)
 
-        if store.has(group):
+        wanted = {*groups.get(k, ()), *(waiting if k == 0 or is_end else ())}
+        missing = wanted - store.names()
+        if not missing:
             states = [run(i) for i in range(len(batches))]
         else:
-            wanted = {*groups.get(k, ()), *(waiting if k == 0 or is_end else ())}
-            listener = _Listener(modules, wanted, None if is_end else chain.blocks[k])
+            listener = _Listener(modules, missing, None if is_end else chain.blocks[k])
             found = []
             for i, batch in enumerate(batches):
                 with listener.listening(batch):
                     found.append(run(i))
                 listener.compare(found[-1])
             states = found
-            store.put(group, listener.tensors(), listener.leaders)
-        names = set(store.leaders(group))
+            store.put(f"{k:04d}", listener.tensors(), listener.leaders)
+        names = wanted & store.names()
         waiting -= names
         if after is not None and after([name for name in modules if name in names]) and not is_end:
             states = [run(i) for i in range(len(batches))]
@@ -335,9 +336,11 @@ class _Collector:
             self.squares[name] = added if before is None else (before[0] + added[0], before[1] + added[1])
 
     def finish(self, store: Store, group: str) -> None:
+        """Store what is not there yet. All is gathered again: less to differentiate, other last bits."""
         tensors = {}
-        for name, running in self.moments.items():
-            layer = self.layers[name]
+        missing = {name: layer for name, layer in self.layers.items() if name not in store.names()}
+        for name, layer in missing.items():
+            running = self.moments[name]
             if running.tokens == 0:
                 raise TargetError(
                     f"The output of {name} does not reach the loss, so nothing says what it is worth. "
@@ -346,9 +349,11 @@ class _Collector:
             what = "pulled" if layer.out_features > layer.in_features else "G"
             tensors[f"{name}|{what}"] = running.second(name).cpu()
         for name, (rows, columns) in self.squares.items():
+            if name not in missing:
+                continue
             tensors[f"{name}|fisher_rows"], tensors[f"{name}|fisher_columns"] = rows.cpu(), columns.cpu()
         if tensors:
-            store.put(group, tensors, {name: name for name in self.layers})
+            store.put(group, tensors, {name: name for name in missing})
 
 
 def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
@@ -415,7 +420,8 @@ def sensitivities(
         batches: the data; every layer runs them once.
         store: where finished blocks are.
     """
-    if store.names() >= set(modules):
+    modules = {name: module for name, module in modules.items() if name not in store.names()}
+    if not modules:
         return
     groups = stream.by_block(chain, list(modules))
     tokens, device = count_tokens(batches), next(model.parameters()).device
@@ -434,7 +440,7 @@ def sensitivities(
         if chain is not None and k == 0:
             names += groups.get(None, ())
         with torch.no_grad():
-            if names and not store.has(f"{k:04d}"):
+            if names:
                 dense = list(outputs(k))
                 found = {n: _probe(modules[n], partial(outputs, k), dense, batches) / tokens for n in names}
                 tensors = {f"{n}|sensitivity": torch.tensor(v, dtype=torch.float64) for n, v in found.items()}

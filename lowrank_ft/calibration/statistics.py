@@ -32,6 +32,8 @@ class SiteStatistics:
         fisher_columns: mean over each column of the same, ``(in,)``.
         sensitivity: divergence of the model's output, in nats per token, per unit of ``E‖Δy‖²``, measured
             without gradients.
+        influence: of the block that the layer lies in, ``1 − E cos(x, y)`` between what the block is given
+            and what it gives (Men et al. 2024, arXiv 2403.03853, equation 1); None outside a chain of blocks.
     """
 
     tokens: int
@@ -42,6 +44,7 @@ class SiteStatistics:
     fisher_rows: Tensor | None = None
     fisher_columns: Tensor | None = None
     sensitivity: float | None = None
+    influence: float | None = None
 
 
 class Moments:

@@ -37,26 +37,20 @@ class Store:
             with self._open(path) as file:
                 self._groups[path.stem] = json.loads(file.metadata()["leaders"])
 
-    def has(self, group: str) -> bool:
-        """Whether a group of layers is finished."""
-        return group in self._groups
-
-    def leaders(self, group: str) -> dict[str, str]:
-        """Return the layers of a finished group, each with the one whose tensors it shares."""
-        return dict(self._groups[group])
-
     def names(self) -> set[str]:
         """Return the layers that are known."""
         return {name for leaders in self._groups.values() for name in leaders}
 
     def put(self, group: str, tensors: Mapping[str, Tensor], leaders: Mapping[str, str]) -> None:
-        """Write a group: all of it or nothing.
+        """Write a group: all of it or nothing. More of a group that is there goes into a file of its own.
 
         Args:
             group: the block.
             tensors: ``"layer|quantity"`` to tensor.
             leaders: for each layer, the one whose tensors it shares.
         """
+        while group in self._groups:
+            group += "+"
         write_whole(self.directory / f"{group}.safetensors", tensors, {"leaders": json.dumps(leaders)})
         self._groups[group] = dict(leaders)
 
@@ -70,8 +64,12 @@ class Store:
         Raises:
             CheckpointError: the file is damaged.
         """
-        group = next((g for g, leaders in self._groups.items() if name in leaders), None)
-        return {} if group is None else self.read_from(group, self._groups[group][name], only)
+        group = self.group_of(name)
+        return {} if group not in self._groups else self.read_from(group, self._groups[group][name], only)
+
+    def group_of(self, name: str) -> str:
+        """Return the group that a layer is in; empty where it is in none."""
+        return next((group for group, leaders in self._groups.items() if name in leaders), "")
 
     def read_from(self, group: str, leader: str, only: str = "") -> dict[str, Tensor]:
         """Return what a group's file holds under a name."""
@@ -79,10 +77,6 @@ class Store:
             prefix = f"{leader}|"
             keys = [key for key in file.keys() if key.startswith(prefix + only)]  # noqa: SIM118 (no mapping)
             return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
-
-    def groups(self) -> list[str]:
-        """Return the finished groups, in order."""
-        return sorted(self._groups)
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -111,11 +105,13 @@ class Known(Mapping[str, SiteStatistics]):
         if not found:
             raise KeyError(name)
         tokens, sensitivity = int(found.pop("tokens")), self.probes.read(name).get("sensitivity")
+        influence = self.inputs.read_from(self.inputs.group_of(name), "block").get("influence")
         return SiteStatistics(
             tokens=tokens,
             **found,
             **self.gradients.read(name),
             sensitivity=None if sensitivity is None else float(sensitivity),
+            influence=None if influence is None else float(influence),
         )
 
     def tokens(self, name: str) -> int:
@@ -124,14 +120,6 @@ class Known(Mapping[str, SiteStatistics]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.inputs.names()
-
-    def influence(self) -> list[float]:
-        """Return each block's influence ``1 − E cos(x, y)`` (Men et al. 2024, arXiv 2403.03853, equation 1).
-
-        Empty for a model without a chain of blocks.
-        """
-        found = (self.inputs.read_from(group, "block") for group in self.inputs.groups())
-        return [float(block["influence"]) for block in found if block]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.inputs.names()))

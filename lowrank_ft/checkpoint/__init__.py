@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lowrank_ft import engine
-from lowrank_ft.checkpoint import files, native, peft
+from lowrank_ft.checkpoint import files, native, peft, sized
 from lowrank_ft.errors import ConfigError, did_you_mean
 from lowrank_ft.manifest import replacements
 from lowrank_ft.modules.host import Host
@@ -79,19 +79,26 @@ def load(model: ModelT, dir: str | Path, name: str | None = None, *, check_base:
     return model
 
 
-FORMATS = {"peft": peft.export, "dense": native.export_dense}
+FORMATS = {
+    "peft": peft.export,
+    "dense": native.export_dense,
+    "hf-uniform": sized.export_uniform,
+    "deci": sized.export_deci,
+}
 
 
 def export(model: nn.Module, dir: str | Path, format: str = "peft", *, tokenizer: Any = None) -> None:
     """Write a model in a form that tools without this package read. The model is left as it was.
 
     ``"peft"``: the active adapter as a PEFT LoRA on the unmodified base. ``"dense"``: the whole model with
-    its adapters folded in, as plain Hugging Face weights.
+    its adapters folded in, as plain Hugging Face weights of the stock sizes (what was resized is filled up
+    with zeros). ``"hf-uniform"``: a stock model with smaller MLPs, where all have one width and nothing else
+    was compressed. ``"deci"``: MLPs of several widths as DeciLM's ``block_configs``.
 
     Args:
         model: a wrapped model.
         dir: an empty or new directory, or an earlier export.
-        format: ``"peft"`` or ``"dense"``.
+        format: one of these.
         tokenizer: saved alongside.
 
     Raises:

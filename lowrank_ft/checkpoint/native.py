@@ -6,6 +6,7 @@ An adapter directory holds ``adapter.safetensors`` and ``lowrank_ft.json``. A wh
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -69,8 +70,14 @@ def save_adapters(
         files.write_index(staging, index, [ADAPTER_FILE])
 
 
-def save_model(model: nn.Module, directory: Path, tokenizer: Any, figures: Mapping[str, Any] | None) -> None:
-    """Write a whole model, whatever stands in it."""
+def save_model(
+    model: nn.Module,
+    directory: Path,
+    tokenizer: Any,
+    figures: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a whole model, whatever stands in it; ``config`` changes entries of ``config.json``."""
     index = {
         "content": "model",
         "stages": engine.recipes_of(model),
@@ -85,6 +92,10 @@ def save_model(model: nn.Module, directory: Path, tokenizer: Any, figures: Mappi
             cast(Any, model).save_pretrained(staging)
         else:
             save_file(_untied(model), staging / MODEL_FILE, metadata={"format": "pt"})
+        if config is not None:
+            path = staging / "config.json"
+            content = {**json.loads(path.read_text(encoding="utf-8")), **config}
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         weights = sorted(f.name for f in staging.iterdir())
         card.write(staging, index, figures)
         if tokenizer is not None:
@@ -256,12 +267,5 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
 
 def export_dense(model: nn.Module, directory: Path, tokenizer: Any) -> None:
     """Write the model as stock weights, adapters folded in and factors multiplied out; it stays as it is."""
-    merges = bool(engine.hosts(model))
-    if merges:
-        engine.merge(model)
-    try:
-        with engine.multiplied_out(model):
-            save_model(model, directory, tokenizer, None)
-    finally:
-        if merges:
-            engine.unmerge(model)
+    with engine.folded(model), engine.multiplied_out(model):
+        save_model(model, directory, tokenizer, None)

@@ -287,6 +287,30 @@ def find_layer(module: nn.Module) -> Layer | None:
     return None
 
 
+def stock_linear(kind: str, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return a stock layer of a kind, ``"linear"`` or ``"transposed-linear"``, with these values.
+
+    Args:
+        kind: as in :attr:`Layer.kind`.
+        matrix: ``(out, in)``.
+        bias: ``(out,)``; a Conv1D without one gets zeros, since it always has one.
+    """
+    out_features, in_features = matrix.shape
+    if kind == "linear":
+        shell: nn.Module = nn.Linear(in_features, out_features, bias is not None, device="meta")
+        shell.weight = nn.Parameter(matrix)
+    else:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):  # no random start is drawn there
+            shell = Conv1D(out_features, in_features)
+        shell.weight = nn.Parameter(matrix.T.contiguous())
+        bias = matrix.new_zeros(out_features) if bias is None else bias
+    if bias is not None:
+        shell.bias = nn.Parameter(bias.detach().clone())
+    return shell
+
+
 def _transformers_conv1d() -> type[nn.Module] | None:
     """Transformers' Conv1D class if transformers is loaded; importing it here would cost a second."""
     module = sys.modules.get("transformers.pytorch_utils")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
 from lowrank_ft.manifest import DenseNode, Node, node_of
-from lowrank_ft.modules.layer import EmbeddingLayer, Layer, LinearLayer, layer_of
+from lowrank_ft.modules.layer import EmbeddingLayer, Layer, LinearLayer, layer_of, stock_linear
 from lowrank_ft.modules.replacement import Replacement
 from lowrank_ft.registry import register_node
 
@@ -147,29 +147,14 @@ class LowRank(Replacement):
                 matrix = B.to(wide) @ A.to(wide)
             if self.kind == "embedding" and bias is not None:  # a row of the table is one token's output
                 matrix, bias = matrix.to(wide) + bias.to(wide)[:, None], None
-            weight = nn.Parameter(
-                matrix.to(dtype) if self.kind == "linear" else matrix.T.to(dtype).contiguous()
-            )
-        stock = self._stock_shell()
-        stock.weight = weight
-        if self.kind != "embedding" and bias is not None:
-            stock.bias = nn.Parameter(bias.detach().clone())
+            if self.kind == "embedding":
+                padding = cast(nn.Embedding, self.first).padding_idx
+                stock: nn.Module = nn.Embedding(
+                    self.in_features, self.out_features, padding, _weight=matrix.T.to(dtype).contiguous()
+                )
+            else:
+                stock = stock_linear(self.kind, matrix.to(dtype), bias)
         return stock.requires_grad_(self._trains()).train(self.training)
-
-    def _stock_shell(self) -> nn.Module:
-        """A layer of the kind that stood here, its weight to be filled."""
-        if self.kind == "embedding":
-            padding = cast(nn.Embedding, self.first).padding_idx
-            nothing = torch.empty(self.in_features, self.out_features, device="meta")
-            return nn.Embedding(self.in_features, self.out_features, padding, _weight=nothing)
-        if self.kind == "linear":
-            return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):  # no random start is drawn there
-            shell: nn.Module = Conv1D(self.out_features, self.in_features)
-        shell.bias = nn.Parameter(self.weight.new_zeros(self.out_features))  # Conv1D always has one
-        return shell
 
     def widened(self, B: Tensor, A: Tensor) -> LowRank:
         """Return a layer like this one with ``B A`` added to its matrix, by a larger rank.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,3 +36,26 @@ class Replacement(nn.Module):
     def view(self) -> Layer | None:
         """Return this module as a layer that adapters can be put on, or None where it is none."""
         return None
+
+
+class Container(Replacement):
+    """A replacement that stands around modules which keep their names, and are replaced one by one.
+
+    It has no tensors of its own. What it does not know it asks of the stock module's shell, a copy without
+    weights.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # no marker: those of its children do
+
+    @abstractmethod
+    def dense(self) -> nn.Module:
+        """Return the stock module around the same children."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_shell" or "_shell" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_shell"], name)

@@ -33,6 +33,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "uncentered": {"centered": False},
         "sequential": {"calibration": {"sequential": True, "hidden_states": "disk"}},
     },
+    "modegpt": {
+        "paper": {"recipe": "paper"},
+        "pivoted": {"recipe": "paper", "selection": "pivoted", "epsilon": float("inf")},
+        "resized": {"low_rank": False},
+        "sequential": {"recipe": "paper", "calibration": {"sequential": True}},
+    },
 }
 VARIANT_MODELS = ("llama", "gpt2", "resnet")
 

@@ -25,8 +25,10 @@ every_case = pytest.mark.parametrize("case", COMPRESSING, ids=str)
 def test_removes_what_was_asked(case: Case) -> None:
     plain, model = case.tiny.model(), case.wrapped()
     before, after = count(plain), count(model)
-    # Ranks are whole numbers: what remains of the budget is too small for a step of any layer.
+    # Ranks are whole numbers: what remains of the budget is too small for a step of any layer. A channel of
+    # a gated MLP is a row of two layers and a column of a third.
     step = max(sum(layer.weight.shape) for layer in plain.modules() if isinstance(layer, nn.Linear))
+    step *= 2 if case.method == "modegpt" else 1
     budget = before.blocks - round(0.3 * before.blocks)
     assert budget - step <= after.blocks <= budget
     assert describe(model)
@@ -159,6 +161,6 @@ def test_convolutions_are_refused_by_name(method: str) -> None:
     case = Case(method, "resnet", options={"ratio": 0.3})
     model = TINY["resnet"].model()
     before = state(model)
-    with pytest.raises(TargetError, match="resnet.embedder.embedder.convolution is a Conv2d"):
+    with pytest.raises(TargetError, match="convolution is a Conv2d|no layout for the model type 'resnet'"):
         case.wrap(model)
     assert_same_state(model, before)

@@ -1,0 +1,679 @@
+"""MoDeGPT: modules lose inner width instead of single layers losing rank (Lin et al. 2024, arXiv 2408.09632).
+
+A transformer block has three pairs of matrices with an inner width between them, and each pair has the
+decomposition that fits what lies between:
+
+* **MLP** (Nyström). Keep channels J of the hidden layer, and refit the down projection:
+  ``W_down C[:,J] C[J,J]⁻¹``, C the second moment of its input.
+* **Q–K** (CR). Keep the same rows of ``W_Q`` and ``W_K`` in a head; with rotary embedding, pairs of rows that
+  turn together.
+* **V–O** (SVD). Give values a basis in which the last dimensions of a head matter least, and drop them.
+
+The paper's recipe chooses channels by ridge leverage scores and shares the budget between blocks by an
+entropy rule on their influence. Ours predicts what every width of every module costs the loss
+(``½ ‖G^½ ΔW C^½‖²``, G the second moment of the gradient at the module's output), lets factoring the layers
+one by one (LoRD) compete in the same currency, and spends the budget where it costs least.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft import layouts, linalg
+from lowrank_ft.algorithms import lord
+from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
+from lowrank_ft.allocation import Option, allocate, combined, uniform
+from lowrank_ft.calibration.statistics import SiteStatistics
+from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.layouts import Layout
+from lowrank_ft.manifest import Node
+from lowrank_ft.modules.attention import AttentionNode
+from lowrank_ft.modules.layer import Layer, layer_of
+from lowrank_ft.modules.lowrank import LowRank, LowRankNode, supports_low_rank
+from lowrank_ft.modules.resized import Resized, ResizedNode
+from lowrank_ft.registry import register_method
+from lowrank_ft.sites import Site, stock_modules
+
+MLP, QK, VO = "mlp", "q-k", "v-o"
+
+
+@dataclass(frozen=True)
+class MoDeGPT(CompressorConfig):
+    """MoDeGPT: MLPs lose channels, attention heads lose dimensions, each in its own optimal way."""
+
+    recipe: Literal["loss", "paper"] = "loss"
+    """Spend the budget by predicted loss (one backward pass), or as published: leverage scores, outputs of
+    each module kept, and the entropy rule between blocks (no gradients)."""
+    selection: Literal["loss", "leverage", "pivoted"] | None = None
+    """How an MLP's channels are chosen: by backward elimination under the loss, by ridge leverage scores (the
+    paper), or by pivoted Cholesky. By default as the recipe has it."""
+    allocation: Literal["loss", "entropy", "uniform"] | None = None
+    """How modules share the budget: by predicted loss, by the paper's entropy rule on the blocks' influence,
+    or the same width in every block (which stock checkpoints can hold). By default as the recipe has it."""
+    low_rank: bool = True
+    """Let the layers of a module be factored one by one instead, where that costs the loss less (with
+    allocation by loss)."""
+    epsilon: float = 0.1
+    """Temperature of the paper's entropy rule; inf gives every block the same share."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.epsilon > 0:
+            raise ConfigError(f"epsilon must be above 0, but is {self.epsilon}.")
+        if self.recipe == "paper" and self.selection == "loss":
+            raise ConfigError("selection='loss' needs gradients, which recipe='paper' does not gather.")
+        if self.recipe == "paper" and self.allocation == "loss":
+            raise ConfigError("allocation='loss' needs gradients, which recipe='paper' does not gather.")
+
+    @property
+    def shares(self) -> str:
+        """How modules share the budget."""
+        return self.allocation or {"loss": "loss", "paper": "entropy"}[self.recipe]
+
+
+@register_method
+class MoDeGPTMethod(Method[MoDeGPT]):
+    """Modular decomposition of MLPs and attention."""
+
+    name = "modegpt"
+    family = Family.COMPRESSOR
+    Config = MoDeGPT
+
+    def needs(self) -> frozenset[Need]:
+        """Inputs; for the loss, gradients too."""
+        by_loss = self.config.recipe == "loss"
+        return frozenset({Need.INPUT, Need.OUTPUT_GRADIENT} if by_loss else {Need.INPUT})
+
+    def sites(self, model: nn.Module, chosen: list[Site]) -> list[Site]:
+        """Group the targeted layers by module; layers of no module stay sites of their own.
+
+        Raises:
+            TargetError: no layout for the model's family; a module of which only a part is targeted.
+        """
+        layout = layouts.layout_of(model)
+        modules = stock_modules(model)
+        layers = {site.names[0]: site for site in chosen}
+        found: list[Site] = []
+        for name in list(layers):
+            for role, names in _groups(layout, name, modules):
+                if name != names[-1]:
+                    continue
+                parts = [n for n in names if n in layers]
+                missing = [n for n in names if n not in layers and n != _attention_of(name, layout)]
+                if missing:
+                    raise TargetError(
+                        f"{missing[0]} belongs to the same module as {parts[0]}: target both, or neither."
+                    )
+                found.append(Site(names, tuple(modules[n] for n in names), role))
+        taken = {name for site in found for name in site.names}
+        alone = [site for name, site in layers.items() if name not in taken]
+        partial = [s.names[0] for s in alone if any(_groups(layout, s.names[0], modules))]
+        if partial:
+            raise TargetError(
+                f"{partial[0]} is one of several layers of a module, and the others are not targeted: target "
+                f"all of them, or none."
+            )
+        order = {name: i for i, name in enumerate(modules)}
+        return sorted([*found, *alone], key=lambda site: min(order[n] for n in site.layers))
+
+    def check(self, site: Site) -> None:
+        """Refuse layers that are not linear."""
+        for name, module in site.layers.items():
+            if not supports_low_rank(layer_of(module, name)):
+                raise TargetError(
+                    f"{name} is a {type(module).__name__}, which {self.name!r} cannot take apart: exclude it."
+                )
+
+    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+        """Spend the budget.
+
+        Raises:
+            ConfigError: a budget that these layers cannot meet.
+        """
+        dense = {site.name: sum(lord.size_of(layer_of(m)) for m in site.layers.values()) for site in sites}
+        budget = self.config.budget(sum(dense.values()), counts)
+        options = {site.name: self._options(site, statistics, dense[site.name]) for site in sites}
+        if self.config.shares == "loss":
+            chosen = allocate(options, budget)
+        elif self.config.shares == "entropy":
+            chosen = self._by_entropy(sites, options, dense, budget, statistics)
+        else:
+            chosen = same_width(options, {site.name: site.role for site in sites}, budget)
+        by_loss = self.config.recipe == "loss"
+        picked = [chosen[site.name] for site in sites]
+        return [Share(o.rank, o.loss if by_loss else None, o.ranks) for o in picked]
+
+    def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
+        """Return resized layers, or factors for layers one by one."""
+        if share.rank is None:
+            layers = {name: layer_of(module) for name, module in site.layers.items()}
+            return {
+                name: LowRankNode(rank, layers[name].bias is not None) for name, rank in share.ranks.items()
+            }
+        return _GROUPS[site.role](site).structure(share.rank)
+
+    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
+        """Fill what :meth:`structure` led to, and report what it leaves; of factors, by layer."""
+        if any(isinstance(module, LowRank) for module in new.values()):
+            facts = {}
+            for name, module in new.items():
+                layer, known = layer_of(site.layers[name]), statistics[name]
+                centers = lord.centers(layer)
+                found = lord.decompose(layer, known, by_loss=True, centers=centers)
+                facts[name] = lord.fill(cast(LowRank, module), layer, known, found, centers=centers)
+            return facts
+        return _GROUPS[site.role](site).fill(new, statistics, self.config)
+
+    def _options(self, site: Site, statistics: Statistics, dense: int) -> list[Option]:
+        """What can become of a site: as it is, resized, or its layers factored one by one."""
+        config = self.config
+        options = [Option(None, dense, 0.0)]
+        if site.role in _GROUPS:
+            options += _GROUPS[site.role](site).options(statistics, config)
+        if config.shares == "loss" and config.low_rank:
+            options += self._factored(site, statistics)
+        return [o for o in options if o.size == dense or o.size <= (1 - config.min_saving) * dense]
+
+    def _factored(self, site: Site, statistics: Statistics) -> list[Option]:
+        layers = {}
+        for name, module in site.layers.items():
+            layer, known = layer_of(module), statistics[name]
+            centers = lord.centers(layer)
+            found = lord.decompose(layer, known, by_loss=True, centers=centers)
+            layers[name] = lord.rank_options(
+                layer, found, centers=centers, align=self.config.align, min_saving=0.0
+            )
+        return combined(layers)
+
+    def _by_entropy(
+        self,
+        sites: Sequence[Site],
+        options: Mapping[str, Sequence[Option]],
+        dense: Mapping[str, int],
+        budget: int,
+        statistics: Statistics,
+    ) -> dict[str, Option]:
+        """Share the budget by the blocks' influence; what cannot be resized stays as it is."""
+        fixed = {key: choices[0] for key, choices in options.items() if len(choices) == 1}
+        movable = {key: choices for key, choices in options.items() if key not in fixed}
+        left = budget - sum(option.size for option in fixed.values())
+        block_of = {s.name: layouts.block_index(s.names[0]) or 0 for s in sites if s.name in movable}
+        influence = {
+            block_of[s.name]: statistics[next(iter(s.layers))].influence or 0.0
+            for s in sites
+            if s.name in movable
+        }
+        sizes = {block: sum(dense[key] for key in movable if block_of[key] == block) for block in influence}
+        if left <= 0 or not sizes:
+            raise ConfigError(
+                f"The budget of {budget:,} is below the least that these layers can have: the modules that "
+                f"can be resized have {sum(sizes.values()):,} parameters. Ask for a lower ratio."
+            )
+        least = {
+            block: sum(min(o.size for o in movable[key]) for key in movable if block_of[key] == block)
+            for block in sizes
+        }
+        keep = keep_by_entropy(influence, sizes, left, self.config.epsilon, least)
+        chosen = uniform(movable, dense, left, {key: keep[block_of[key]] for key in movable})
+        return {**fixed, **chosen}
+
+
+def same_width(
+    options: Mapping[str, Sequence[Option]], kinds: Mapping[str, str], budget: int
+) -> dict[str, Option]:
+    """Give every module of a kind the same width: the largest share of widths that fits the budget.
+
+    What is left of the budget would widen some modules and not others, and is not spent.
+
+    Args:
+        options: for each module, at its own size and at smaller widths.
+        kinds: the modules' kinds, by name.
+        budget: what the sizes may add up to.
+
+    Raises:
+        ConfigError: the smallest widths are above the budget.
+    """
+    smaller = {name: sorted(o.rank for o in choices if o.rank) for name, choices in options.items()}
+    widths = {kind: next((smaller[n] for n in kinds if kinds[n] == kind), []) for kind in kinds.values()}
+    steps = sorted({(i + 1) / (len(w) + 1) for w in widths.values() for i in range(len(w))}, reverse=True)
+    for share in (1.0, *steps):
+        chosen = {}
+        for name, choices in options.items():
+            kept = math.floor(share * (len(smaller[name]) + 1) + 1e-9)
+            by_rank = {option.rank: option for option in choices}
+            whole = kept > len(smaller[name])
+            fixed = whole or not smaller[name]
+            chosen[name] = by_rank[None if fixed else smaller[name][max(kept, 1) - 1]]
+        if sum(option.size for option in chosen.values()) <= budget:
+            return chosen
+    raise ConfigError(
+        f"The budget of {budget:,} is below the least that these modules can have. Ask for a lower ratio."
+    )
+
+
+def keep_by_entropy(
+    influence: Mapping[int, float],
+    sizes: Mapping[int, int],
+    budget: int,
+    epsilon: float,
+    least: Mapping[int, int],
+) -> dict[int, float]:
+    """Return the share that each block keeps: ``1 − c · softmax(−s/ε)``, with c such that the budget is met.
+
+    The paper's equation 10, ``φ = L φ̄ softmax(−s/ε)``, can ask a block for more than it has; what is cut off
+    there is asked of the others.
+
+    Args:
+        influence: s by block.
+        sizes: parameters by block.
+        budget: what all blocks together may keep.
+        epsilon: temperature.
+        least: what each block keeps at the least.
+
+    Raises:
+        ConfigError: the budget is below the sum of ``least``.
+    """
+    blocks = list(sizes)
+    weights = torch.softmax(-torch.tensor([influence[b] for b in blocks], dtype=torch.float64) / epsilon, 0)
+    size = torch.tensor([float(sizes[b]) for b in blocks], dtype=torch.float64)
+    most = 1 - torch.tensor([least[b] / sizes[b] for b in blocks], dtype=torch.float64)
+    remove = float(size.sum()) - budget
+    if remove > float((most * size).sum()):
+        raise ConfigError(
+            f"The budget of {budget:,} is below {sum(least.values()):,}, the least that these modules can "
+            f"have. Ask for a lower ratio."
+        )
+    clipped = torch.zeros(len(blocks), dtype=torch.bool)
+    while True:
+        rest = remove - float((most * size)[clipped].sum())
+        scale = rest / max(float((weights * size)[~clipped].sum()), 1e-300)
+        phi = torch.where(clipped, most, scale * weights)
+        over = (phi > most) & ~clipped
+        if not over.any():
+            return dict(zip(blocks, (1 - phi).tolist(), strict=True))
+        clipped |= over
+
+
+# Groups -----------------------------------------------------------------------------------------------------
+
+
+def _groups(
+    layout: Layout, name: str, modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The groups that a layer is in, each with the names of all its members that the model has.
+
+    The last one named is the one that leads out of the group.
+    """
+    mlp = layouts.mlp_of(layout, name, modules)
+    if mlp:
+        yield MLP, mlp
+    owner = _attention_of(name, layout)
+    if owner is None or owner not in modules:
+        return
+    attention, last = modules[owner], name.removeprefix(f"{owner}.")
+    if last in (layout.q, layout.k) and not hasattr(attention, "q_norm"):
+        yield QK, (owner, f"{owner}.{layout.q}", f"{owner}.{layout.k}")
+    if last in (layout.v, layout.o):
+        yield VO, (owner, f"{owner}.{layout.v}", f"{owner}.{layout.o}")
+
+
+def _attention_of(name: str, layout: Layout) -> str | None:
+    owner, _, last = name.rpartition(".")
+    ours = layout.attention and owner.endswith(f".{layout.attention}")
+    return owner if ours and last in (layout.q, layout.k, layout.v, layout.o) else None
+
+
+class Group(ABC):
+    """One module with an inner width: what it can be cut to, what that costs, and how it is done."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.names = list(site.layers)
+        self.layers = [layer_of(module) for module in site.layers.values()]
+
+    @abstractmethod
+    def structure(self, rank: int) -> dict[str, Node]:
+        """Return what stands at each name when so much of the inner width remains."""
+
+    @abstractmethod
+    def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
+        """Return every aligned width below the present one, with its predicted loss."""
+
+    @abstractmethod
+    def fill(self, new: Mapping[str, Any], statistics: Statistics, config: MoDeGPT) -> dict[str, Any]:
+        """Fill the modules that :meth:`structure` led to, and report what they leave."""
+
+
+def _size(nodes: Mapping[str, Node]) -> int:
+    """Parameters of resized layers."""
+    sizes = [n for n in nodes.values() if isinstance(n, ResizedNode)]
+    return sum(n.out_features * n.in_features + n.bias * n.out_features for n in sizes)
+
+
+def _resized(
+    layer: Layer, rows: int | None = None, columns: int | None = None, bias: bool | None = None
+) -> ResizedNode:
+    return ResizedNode(
+        layer.out_features if rows is None else rows,
+        layer.in_features if columns is None else columns,
+        layer.bias is not None if bias is None else bias,
+    )
+
+
+def _matrix(layer: Layer) -> Tensor:
+    return layer.matrix().detach().cpu().double()
+
+
+def _gradient(known: SiteStatistics, by_loss: bool, width: int) -> Tensor:
+    """``G`` with its ridge; the identity where outputs count alike."""
+    if not by_loss or known.G is None:
+        return torch.eye(width, dtype=torch.float64)
+    G = known.G.clone()
+    G.diagonal().add_(lord.GRADIENT_RIDGE * float(G.diagonal().mean()))
+    return G
+
+
+def _moment(known: SiteStatistics, centered: bool) -> Tensor:
+    return known.C - torch.outer(known.mean, known.mean) if centered else known.C
+
+
+class Mlp(Group):
+    """Channels between up (and gate) and down. Order of layers: gate (if any), up, down."""
+
+    @property
+    def down(self) -> Layer:
+        """The layer out of the MLP."""
+        return self.layers[-1]
+
+    def structure(self, rank: int) -> dict[str, Node]:
+        into = {
+            name: _resized(layer, rows=rank * (layer.out_features // self.down.in_features))
+            for name, layer in zip(self.names[:-1], self.layers[:-1], strict=True)
+        }
+        return {**into, self.names[-1]: _resized(self.down, columns=rank)}
+
+    def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
+        width = self.down.in_features
+        C, K, order = self._order(statistics, config)
+        errors = linalg.nystrom_errors(C, K, order)
+        step = min(config.align, width)
+        kept = range(step, width, step)
+        return [Option(k, _size(self.structure(k)), 0.5 * float(errors[k])) for k in kept]
+
+    def fill(self, new: Mapping[str, Any], statistics: Statistics, config: MoDeGPT) -> dict[str, Any]:
+        C, K, order = self._order(statistics, config)
+        down = cast(Resized, new[self.names[-1]])
+        kept = order[: down.in_features].sort().values
+        weight = _matrix(self.down)
+        refitted, root = linalg.nystrom_refit(weight, C, kept)
+        bias = self.down.bias
+        if bias is not None and self._centered(config):
+            mean = statistics[self.names[-1]].mean
+            bias = bias.cpu().double() + weight @ mean - refitted @ mean[kept]
+        down.fill(refitted, bias, columns=kept)
+        width = self.down.in_features
+        for name, layer in zip(self.names[:-1], self.layers[:-1], strict=True):
+            parts = layer.out_features // width  # 2 where gate and up are one matrix
+            rows = torch.cat([kept + width * part for part in range(parts)]).to(layer.weight.device)
+            new[name].fill(layer.matrix()[rows], None if layer.bias is None else layer.bias[rows], rows=rows)
+        error = linalg.nystrom_errors(C, K, order)
+        total = float(error[0])
+        return {
+            "relative error": math.sqrt(float(error[len(kept)]) / total) if total else 0.0,
+            "output error": lord.output_error(weight, weight.index_add(1, kept, -refitted), C),
+            "tokens": statistics[self.names[-1]].tokens,
+            "ridge": root.ridge,
+            "condition": root.condition,
+            "factored": root.method,
+        }
+
+    def _centered(self, config: MoDeGPT) -> bool:
+        return config.recipe == "loss" and self.down.bias is not None
+
+    def _order(self, statistics: Statistics, config: MoDeGPT) -> tuple[Tensor, Tensor, Tensor]:
+        """The channels' second moment, what they are worth, and their order, the dearest first."""
+        known, weight = statistics[self.names[-1]], _matrix(self.down)
+        C = _moment(known, self._centered(config))
+        G = _gradient(known, config.recipe == "loss", len(weight))
+        K = weight.T @ (G @ weight)
+        selection = config.selection or {"loss": "loss", "paper": "leverage"}[config.recipe]
+        if selection == "leverage":
+            return C, K, linalg.leverage_scores(C).argsort(descending=True, stable=True)
+        if selection == "pivoted":
+            return C, K, linalg.pivoted_order(C)
+        return C, K, linalg.elimination_order(C, K, max(1, len(C) // 96))
+
+
+class Heads(Group):
+    """What Q–K and V–O share: the geometry of the heads."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.attention = cast(Any, site.modules[0])
+        self.width = int(self.attention.head_dim)
+
+    def _attention_node(self) -> AttentionNode:
+        names = dict(zip(("q", "k") if self.site.role == QK else ("v", "o"), self.names, strict=True))
+        last = {part: name.rpartition(".")[2] for part, name in names.items()}
+        return replace(AttentionNode(), **last)
+
+    def _with_attention(self, layers: dict[str, Node]) -> dict[str, Node]:
+        return {self.site.names[0]: self._attention_node(), **layers}
+
+
+class QueryKey(Heads):
+    """Dimensions of queries and keys, the same in a key head and in the query heads that read it.
+
+    They go by units: pairs of rows ``(j, j + h/2)`` where positions turn them together, else single rows.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.q, self.k = self.layers
+        self.key_heads = self.k.out_features // self.width
+        self.group = self.q.out_features // self.k.out_features
+        self.unit = 2 if layouts.LAYOUTS[self.attention.config.model_type].rotary else 1
+        self.units = self.width // self.unit
+
+    def structure(self, rank: int) -> dict[str, Node]:
+        rows = self.key_heads * rank
+        q, k = _resized(self.q, rows=rows * self.group), _resized(self.k, rows=rows)
+        return self._with_attention({self.names[0]: q, self.names[1]: k})
+
+    def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
+        order, H = self._order(statistics, config)
+        step = max(self.unit, min(config.align, self.width) // self.unit * self.unit)
+        heads = torch.arange(self.key_heads)[:, None]
+        found = []
+        for rank in range(step, self.width, step):
+            out = (heads * self.units + order[:, rank // self.unit :]).flatten()
+            loss = 0.5 * float(H[out][:, out].sum())
+            found.append(Option(rank, _size(self.structure(rank)), max(loss, 0.0)))
+        return found
+
+    def fill(self, new: Mapping[str, Any], statistics: Statistics, config: MoDeGPT) -> dict[str, Any]:
+        order, _ = self._order(statistics, config)
+        rank = new[self.names[1]].out_features // self.key_heads
+        units = order[:, : rank // self.unit].sort(1).values
+        dims = torch.cat([units + part * self.units for part in range(self.unit)], 1)  # (key heads, rank)
+        for name, layer, copies in ((self.names[0], self.q, self.group), (self.names[1], self.k, 1)):
+            of_head = dims.repeat_interleave(copies, 0)
+            rows = (torch.arange(len(of_head))[:, None] * self.width + of_head).flatten()
+            rows = rows.to(layer.weight.device)
+            bias = None if layer.bias is None else layer.bias[rows]
+            new[name].fill(layer.matrix()[rows], bias, rows=rows)
+        return {"tokens": statistics[self.names[0]].tokens}
+
+    def _order(self, statistics: Statistics, config: MoDeGPT) -> tuple[Tensor, Tensor]:
+        """The units of each key head, the dearest first, ``(key heads, units)``; and what they cost.
+
+        The cost of leaving units R out is ``½ Σ H[R,R]``. A dimension that q lacks is as good as one that k
+        lacks, so both sides' gradients predict it: H is the mean of ``G_q ∘ C_q`` and ``G_k ∘ C_k``, summed
+        over the rows of each unit.
+        """
+        q, k = (
+            self._unit_moments(n, layer, statistics) for n, layer in zip(self.names, self.layers, strict=True)
+        )
+        if config.recipe == "paper":
+            score = q[0].diagonal() * k[0].diagonal()  # (C_Q,jj + C_Q,j'j') (C_K,jj + C_K,j'j')
+            order = score.view(self.key_heads, self.units).argsort(dim=1, descending=True, stable=True)
+            return order, torch.diag(score)
+        H = 0.5 * (q[1] + k[1])
+        orders = []
+        for head in range(self.key_heads):
+            mine = slice(head * self.units, (head + 1) * self.units)
+            orders.append(_cheapest_first(H[mine, mine]).flip(0))
+        return torch.stack(orders), H
+
+    def _unit_moments(self, name: str, layer: Layer, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """The second moment of a projection's output, and that times its gradient's, summed over units."""
+        known, W = statistics[name], _matrix(layer)
+        C = W @ known.C @ W.T
+        if layer.bias is not None:
+            bias, shift = layer.bias.detach().cpu().double(), W @ known.mean
+            C = C + torch.outer(shift, bias) + torch.outer(bias, shift + bias)
+        rows = torch.arange(len(W))
+        heads = rows // self.width // (len(W) // self.width // self.key_heads)
+        unit = heads * self.units + rows % self.units
+        S = torch.zeros(len(W), self.key_heads * self.units, dtype=torch.float64)
+        S[rows, unit] = 1.0
+        second = S.T @ torch.diag(C.diagonal()) @ S
+        return second, S.T @ (_gradient(known, True, len(W)) * C) @ S
+
+
+def _cheapest_first(H: Tensor) -> Tensor:
+    """Return indices in the order in which leaving them out, one more each time, costs ``Σ H[R,R]`` least."""
+    cost, order = H.diagonal().clone(), []
+    for _ in range(len(H)):
+        pick = int(cost.argmin())
+        order.append(pick)
+        cost = cost + 2 * H[:, pick]
+        cost[order] = math.inf
+    return torch.tensor(order)
+
+
+class ValueOutput(Heads):
+    """Dimensions of values. Each key head's values get a basis of their own, of which the first ones stay."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.v, self.o = self.layers
+        self.key_heads = self.v.out_features // self.width
+        self.heads = self.o.in_features // self.width
+        self.group = self.heads // self.key_heads
+
+    def structure(self, rank: int) -> dict[str, Node]:
+        bias = self.v.bias is not None or self.o.bias is not None  # softmax rows add up to one
+        v = _resized(self.v, rows=self.key_heads * rank, bias=False)
+        o = _resized(self.o, columns=self.heads * rank, bias=bias)
+        return self._with_attention({self.names[0]: v, self.names[1]: o})
+
+    def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
+        errors = self._errors(statistics, config)
+        step = min(config.align, self.width)
+        ranks = range(step, self.width, step)
+        return [Option(rank, _size(self.structure(rank)), 0.5 * float(errors[rank])) for rank in ranks]
+
+    def fill(self, new: Mapping[str, Any], statistics: Statistics, config: MoDeGPT) -> dict[str, Any]:
+        rank = new[self.names[0]].out_features // self.key_heads
+        forward, backward = self._bases(statistics, config)
+        weight = _matrix(self.o)
+        first = torch.arange(self.width) < rank
+        P = _block_diagonal(forward[:, :rank])  # (key heads · rank, key heads · h)
+        V = P @ _matrix(self.v)
+        P_out = _block_diagonal(forward.repeat_interleave(self.group, 0)[:, :rank])
+        columns = first.repeat(self.heads).nonzero().flatten()
+        known = statistics[self.names[1]]
+        if config.recipe == "loss":
+            C = P_out @ self._output_moment(known) @ P_out.T
+            root = linalg.factor_spd(C)
+            right = weight @ self._output_moment(known) @ P_out.T
+            out = root.solve_transposed(root.solve(right.T)).T
+        else:
+            out = weight @ _block_diagonal(backward.repeat_interleave(self.group, 0)[:, :, :rank])
+        rows = first.repeat(self.key_heads).nonzero().flatten()
+        new[self.names[0]].fill(V, rows=rows)
+        new[self.names[1]].fill(out, self._output_bias(weight, out @ P_out, known, config), columns=columns)
+        errors = self._errors(statistics, config)
+        total = float(errors[0])
+        return {
+            "relative error": math.sqrt(float(errors[rank]) / total) if total else 0.0,
+            "tokens": known.tokens,
+        }
+
+    def _output_bias(
+        self, weight: Tensor, kept: Tensor, known: SiteStatistics, config: MoDeGPT
+    ) -> Tensor | None:
+        """O's bias: its own, V's carried through (softmax rows add up to one), and the mean error.
+
+        With ``z`` the attention's output and ``b`` V's bias in it, ``y = W z`` becomes ``W' P (z − b)``; the
+        paper's ``b_O + W b`` is exact where nothing is left out.
+        """
+        if self.v.bias is None and self.o.bias is None:
+            return None
+        bias = torch.zeros(self.o.out_features, dtype=torch.float64)
+        if self.o.bias is not None:
+            bias += self.o.bias.cpu()
+        carried = torch.zeros(self.o.in_features, dtype=torch.float64)
+        if self.v.bias is not None:
+            per_head = self.v.bias.cpu().double().view(self.key_heads, self.width)
+            carried = per_head.repeat_interleave(self.group, 0).flatten()
+        if config.recipe == "paper":
+            return bias + weight @ carried
+        return bias + weight @ known.mean - kept @ (known.mean - carried)
+
+    def _output_moment(self, known: SiteStatistics) -> Tensor:
+        return _moment(known, self.v.bias is not None or self.o.bias is not None)
+
+    def _bases(self, statistics: Statistics, config: MoDeGPT) -> tuple[Tensor, Tensor]:
+        """For each key head T and T⁻¹, ``(key heads, h, h)``: T's first rows are the dimensions to keep.
+
+        With N the second moment of the head's values, ``N = L Lᵀ``, and K what the output projections of its
+        query heads do with them, T is ``Aᵀ L⁻¹`` for A the eigenvectors of ``Lᵀ K L``: the joint optimum over
+        the group for one N. The paper takes N from the projection (no bias), we from what attention gives.
+        """
+        by_loss = config.recipe == "loss"
+        weight, known = _matrix(self.o), statistics[self.names[1]]
+        G = _gradient(known, by_loss, len(weight))
+        each = weight.view(len(weight), self.heads, self.width).transpose(0, 1)  # W_O of each head
+        K = (each.mT @ (G @ each)).view(self.key_heads, self.group, self.width, self.width).sum(1)
+        if by_loss:
+            blocks = self._output_moment(known).view(self.heads, self.width, self.heads, self.width)
+            own = torch.stack([blocks[i, :, i] for i in range(self.heads)])
+            N = own.view(self.key_heads, self.group, self.width, self.width).mean(1)
+        else:
+            V = _matrix(self.v).view(self.key_heads, self.width, -1)
+            N = V @ statistics[self.names[0]].C @ V.mT
+        forward, backward = [], []
+        for n, k in zip(N, K, strict=True):
+            root = linalg.factor_spd(n)
+            _, A = linalg.eigenpairs(root.lower.T @ k @ root.lower, self.width)
+            forward.append(root.solve_transposed(A).T)
+            backward.append(root.lower @ A)
+        return torch.stack(forward), torch.stack(backward)
+
+    def _errors(self, statistics: Statistics, config: MoDeGPT) -> Tensor:
+        """The weighted error of each rank, ``(h + 1,)``."""
+        forward, backward = self._bases(statistics, config)
+        weight, known = _matrix(self.o), statistics[self.names[1]]
+        T = _block_diagonal(forward.repeat_interleave(self.group, 0))
+        W = weight @ _block_diagonal(backward.repeat_interleave(self.group, 0))
+        K = W.T @ _gradient(known, config.recipe == "loss", len(W)) @ W
+        by_rank = torch.arange(self.o.in_features).view(self.heads, self.width).T.flatten()
+        return linalg.nystrom_errors(T @ self._output_moment(known) @ T.T, K, by_rank)[:: self.heads]
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """Return ``(n·a, n·b)`` from blocks ``(n, a, b)``."""
+    n, a, b = blocks.shape
+    return torch.einsum("nab,nm->namb", blocks, torch.eye(n, dtype=blocks.dtype)).reshape(n * a, n * b)
+
+
+_GROUPS: dict[str, type[Group]] = {MLP: Mlp, QK: QueryKey, VO: ValueOutput}

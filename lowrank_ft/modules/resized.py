@@ -1,0 +1,129 @@
+"""What a compressor leaves of a linear layer inside a coupled group: some of its rows, or of its columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft.errors import TargetError
+from lowrank_ft.manifest import Node
+from lowrank_ft.modules.layer import Layer, LinearLayer, layer_of, stock_linear
+from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.registry import register_node
+
+
+@register_node
+@dataclass(frozen=True)
+class ResizedNode(Node):
+    """A linear layer with fewer outputs or fewer inputs than the stock one."""
+
+    kind: ClassVar[str] = "resized"
+    out_features: int
+    in_features: int
+    bias: bool = False
+
+    def build(self, module: nn.Module) -> Resized:
+        """Build the layer for the stock one, ``module``.
+
+        Raises:
+            TargetError: no linear layer, or one that is smaller than this.
+        """
+        layer = layer_of(module)
+        if layer.kind not in ("linear", "transposed-linear"):
+            raise TargetError(f"A {type(module).__name__} cannot be resized: linear layers can. Exclude it.")
+        if not (0 < self.out_features <= layer.out_features and 0 < self.in_features <= layer.in_features):
+            raise TargetError(
+                f"A layer of {layer.out_features} × {layer.in_features} cannot be resized to "
+                f"{self.out_features} × {self.in_features}."
+            )
+        return Resized(self, module)
+
+
+class Resized(Replacement, nn.Linear):
+    """An ``nn.Linear`` that knows which outputs and inputs of the stock layer it has.
+
+    A stock load of its checkpoint fails by the weight's shape, so it needs no marker.
+
+    Attributes:
+        rows: ``(out,)``, for each output the stock layer's that it stands for; None where it has all.
+        columns: ``(in,)``, the same for inputs.
+        kind: which kind of layer stood here.
+        adds_bias: whether it has a bias where the stock layer had none.
+    """
+
+    weight: nn.Parameter
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def __init__(self, node: ResizedNode, stock: nn.Module) -> None:
+        layer = layer_of(stock)
+        like = layer.weight
+        nn.Linear.__init__(
+            self, node.in_features, node.out_features, node.bias, device="meta", dtype=like.dtype
+        )
+        self.to_empty(device=like.device)
+        for name, mine, theirs in (
+            ("rows", node.out_features, layer.out_features),
+            ("columns", node.in_features, layer.in_features),
+        ):
+            index = None if mine == theirs else torch.arange(mine, device=like.device)
+            self.register_buffer(name, index)
+        self.stock_shape = (layer.out_features, layer.in_features)
+        self.kind = layer.kind
+        self.adds_bias = self.kind == "linear" and layer.bias is None and node.bias
+        self.train(stock.training)
+
+    def structure(self) -> ResizedNode:
+        """Return the node of this layer."""
+        return ResizedNode(self.out_features, self.in_features, self.bias is not None)
+
+    def view(self) -> Layer:
+        """Return the view under which adapters are put on this layer."""
+        return LinearLayer(self)
+
+    def fill(
+        self,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        """Set all values.
+
+        Args:
+            matrix: ``(out, in)``, any float dtype; rounded once.
+            bias: ``(out,)``, where the layer has one.
+            rows: which stock outputs these are, ``(out,)``; needed where some are left out.
+            columns: which stock inputs these are, ``(in,)``.
+        """
+        self.weight.copy_(matrix)
+        for mine, given in ((self.bias, bias), (self.rows, rows), (self.columns, columns)):
+            if mine is not None:
+                assert given is not None
+                mine.copy_(given)
+
+    def trimmed(self) -> nn.Module:
+        """Return a stock layer of this size, which no longer knows what it was."""
+        bias = None if self.bias is None else self.bias.detach()
+        stock = stock_linear(self.kind, self.weight.detach(), bias)
+        return stock.requires_grad_(self._trains()).train(self.training)
+
+    def dense(self) -> nn.Module:
+        """Return a stock layer of the stock size, zero where this one has no row or column."""
+        out_features, in_features = self.stock_shape
+        weight = self.weight.detach()
+        rows = torch.arange(out_features, device=weight.device) if self.rows is None else self.rows
+        columns = torch.arange(in_features, device=weight.device) if self.columns is None else self.columns
+        matrix = weight.new_zeros(out_features, in_features)
+        matrix[rows[:, None], columns] = weight
+        bias = None
+        if self.bias is not None:
+            bias = weight.new_zeros(out_features)
+            bias[rows] = self.bias.detach()
+        return stock_linear(self.kind, matrix, bias).requires_grad_(self._trains()).train(self.training)
+
+    def _trains(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())

@@ -1,0 +1,516 @@
+"""MoDeGPT against its definitions, in float64: published forms with explicit roots, and brute force."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_ft
+from lowrank_ft import engine, linalg
+from lowrank_ft.algorithms.modegpt import (
+    MLP,
+    QK,
+    VO,
+    Mlp,
+    MoDeGPT,
+    MoDeGPTMethod,
+    QueryKey,
+    ValueOutput,
+    keep_by_entropy,
+)
+from lowrank_ft.allocation import Option, allocate, combined
+from lowrank_ft.calibration.statistics import SiteStatistics
+from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.modules.attention import AttentionNode, ResizedAttention
+from lowrank_ft.modules.resized import Resized, ResizedNode
+from lowrank_ft.sites import Site, select
+from tests.tiny import TINY, logits
+
+PAPER, LOSS = MoDeGPT(recipe="paper"), MoDeGPT()
+# A product of a few hundred float64 numbers of size 1, with one triangular solve of condition up to 1e4.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def moment(features: int, seed: int, tokens: int = 400) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(features, features, generator=generator, dtype=torch.float64)
+    rows = torch.randn(tokens, features, generator=generator, dtype=torch.float64) @ mix
+    return rows.T @ rows / tokens
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def root(matrix: Tensor) -> Tensor:
+    """The symmetric square root."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def left_out(C: Tensor, K: Tensor, kept: Tensor) -> float:
+    """``tr(K (C − C[:,J] C[J,J]⁻¹ C[J,:]))`` as it stands."""
+    residual = C - C[:, kept] @ torch.linalg.solve(C[kept][:, kept], C[kept])
+    return float((K * residual).sum())
+
+
+# Columns ----------------------------------------------------------------------------------------------------
+
+
+def test_errors_of_all_prefixes_are_those_of_the_definition() -> None:
+    C, K = moment(24, 0), moment(24, 1)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
+    errors = linalg.nystrom_errors(C, K, order)
+    for k in (1, 5, 12, 23):
+        assert float(errors[k]) == pytest.approx(left_out(C, K, order[:k]), rel=1e-9)
+    assert float(errors[0]) == pytest.approx(float((K * C).sum()), rel=1e-12)
+    assert float(errors[24]) == 0
+
+
+def test_the_refitted_weight_is_the_least_squares_answer() -> None:
+    X, W = randn(200, 16, seed=3), randn(8, 16, seed=4)
+    kept = torch.tensor([1, 4, 7, 8, 15])
+    refitted, _ = linalg.nystrom_refit(W, X.T @ X / 200, kept)
+    expected = torch.linalg.lstsq(X[:, kept], X @ W.T).solution.T
+    torch.testing.assert_close(refitted, expected, **CLOSE)
+
+
+def test_elimination_takes_the_cheapest_column_each_time() -> None:
+    C, K = moment(14, 5), moment(14, 6)
+    order = linalg.elimination_order(C, K, 1)
+    kept = list(range(14))
+    for gone in order.flip(0).tolist()[:-1]:
+        costs = {j: left_out(C, K, torch.tensor([i for i in kept if i != j])) for j in kept}
+        assert min(costs, key=costs.__getitem__) == gone
+        kept.remove(gone)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 100])
+def test_elimination_by_steps_is_a_permutation(step: int) -> None:
+    C, K = moment(14, 5), moment(14, 6)
+    assert sorted(linalg.elimination_order(C, K, step).tolist()) == list(range(14))
+
+
+def test_elimination_beats_leverage_scores() -> None:
+    C, K = moment(40, 7), moment(40, 8)
+    ours = linalg.nystrom_errors(C, K, linalg.elimination_order(C, K, 2))
+    theirs = linalg.nystrom_errors(C, K, linalg.leverage_scores(C).argsort(descending=True))
+    assert (ours[10:35] < theirs[10:35]).all()
+
+
+def test_leverage_scores_are_those_of_the_definition() -> None:
+    C = moment(20, 9)
+    ridge = 0.3 * C.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    expected = (C @ torch.linalg.inv(C + ridge)).diagonal()
+    torch.testing.assert_close(linalg.leverage_scores(C, 0.3), expected, **CLOSE)
+
+
+def test_pivots_are_the_largest_residual_diagonals() -> None:
+    C = moment(12, 10)
+    order = linalg.pivoted_order(C).tolist()
+    for k in range(12):
+        J = torch.tensor(order[:k], dtype=torch.long)
+        residual = C - C[:, J] @ torch.linalg.solve(C[J][:, J], C[J]) if k else C
+        assert int(residual.diagonal().argmax()) == order[k]
+
+
+# Queries and keys -------------------------------------------------------------------------------------------
+
+
+def attention_of(name: str) -> tuple[nn.Module, Any]:
+    model = TINY[name].model(torch.float64)
+    block = model.model.decoder.layers[0] if name == "opt" else model.model.layers[0]
+    return model, block.self_attn
+
+
+def site_of(attention: nn.Module, role: str, parts: tuple[str, str]) -> Site:
+    modules = tuple(getattr(attention, part) for part in parts)
+    return Site(("a", *(f"a.{part}" for part in parts)), (attention, *modules), role)
+
+
+def known_of(features: int, outputs: int, seed: int) -> SiteStatistics:
+    mean = 0.1 * randn(features, seed=seed)
+    return SiteStatistics(
+        400, moment(features, seed) + torch.outer(mean, mean), mean, moment(outputs, seed + 1)
+    )
+
+
+def statistics_for(site: Site) -> dict[str, SiteStatistics]:
+    found = {}
+    for i, (name, layer) in enumerate(site.layers.items()):
+        seed = 50 if site.role == QK else 50 + 2 * i  # queries and keys share their input
+        known = known_of(layer.in_features, layer.out_features, seed)
+        found[name] = SiteStatistics(400, known.C, known.mean, moment(layer.out_features, 90 + i))
+    return found
+
+
+def test_diagonals_stand_for_norms_of_square_roots() -> None:
+    """The paper scores a dimension by ``‖C_Q^½[:,j]‖ ‖C_K^½[:,j]‖``; no root is needed for that."""
+    _, attention = attention_of("opt")
+    site = site_of(attention, QK, ("q_proj", "k_proj"))
+    known = statistics_for(site)
+    group = QueryKey(site)
+    order, _ = group._order(known, PAPER)
+    norms = []
+    for name, layer in site.layers.items():
+        X = known[name]
+        W, b = layer.weight, layer.bias
+        C = W @ X.C @ W.T + torch.outer(W @ X.mean, b) + torch.outer(b, W @ X.mean) + torch.outer(b, b)
+        norms.append(root(C).norm(dim=0).view(-1, group.width))
+    assert torch.equal(order, (norms[0] * norms[1]).argsort(dim=1, descending=True))
+
+
+def test_the_score_of_a_pair_does_not_depend_on_the_rotation() -> None:
+    x = randn(500, 8, seed=11)
+    angles = torch.rand(500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(12)) * 6
+    turned = torch.cat(
+        [
+            x[:, :4] * angles.cos() - x[:, 4:] * angles.sin(),
+            x[:, 4:] * angles.cos() + x[:, :4] * angles.sin(),
+        ],
+        1,
+    )
+    before, after = ((t.T @ t).diagonal().view(2, 4).sum(0) for t in (x, turned))
+    torch.testing.assert_close(before, after, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_cost_of_queries_is_the_quadratic_form(name: str) -> None:
+    """``½ Σ H[R,R]`` is ``½ E (g·Δq)²`` for the rows left out, mean over queries and keys."""
+    _, attention = attention_of(name)
+    site = site_of(attention, QK, ("q_proj", "k_proj"))
+    known, group = statistics_for(site), QueryKey(site)
+    config = MoDeGPT(align=1)
+    for option in group.options(known, config):
+        nodes = group.structure(option.rank)
+        new = {
+            n: node.build(m)
+            for (n, m), node in zip(zip(site.names, site.modules, strict=True), nodes.values(), strict=True)
+        }
+        with torch.no_grad():
+            group.fill(new, known, config)
+        predicted = []
+        for layer_name, layer in site.layers.items():
+            gone = torch.ones(layer.out_features, dtype=torch.bool)
+            gone[new[layer_name].rows] = False
+            W, X = layer.weight.detach(), known[layer_name]
+            bias = torch.zeros(len(W), dtype=torch.float64) if layer.bias is None else layer.bias.detach()
+            C = W @ X.C @ W.T + torch.outer(W @ X.mean, bias) + torch.outer(bias, W @ X.mean + bias)
+            G = X.G + 1e-4 * X.G.diagonal().mean() * torch.eye(len(W), dtype=torch.float64)
+            predicted.append(0.5 * float((G * C)[gone][:, gone].sum()))
+        assert option.loss == pytest.approx(sum(predicted) / 2, rel=1e-9)
+
+
+# Values and output ------------------------------------------------------------------------------------------
+
+
+def value_weights(
+    group: ValueOutput, rank: int, known: Any, config: MoDeGPT
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    nodes = group.structure(rank)
+    modules = dict(zip(group.site.names, group.site.modules, strict=True))
+    new = {name: node.build(modules[name]) for name, node in nodes.items()}
+    with torch.no_grad():
+        group.fill(new, known, config)
+    v, o = (new[name] for name in group.names)
+    return v.weight.detach(), o.weight.detach(), o.bias
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_values_reach_the_bound_of_the_published_form(rank: int) -> None:
+    """With one query head to a key head: the ``d × d`` form, ``SVD_k(C^½ W_Vᵀ W_Oᵀ)``, head by head."""
+    _, attention = attention_of("opt")
+    site = site_of(attention, VO, ("v_proj", "out_proj"))
+    known, group = statistics_for(site), ValueOutput(site)
+    v, o, _ = value_weights(group, rank, known, PAPER)
+    h, C_root = group.width, root(known[group.names[0]].C)
+    for i in range(group.heads):
+        W_v, W_o = group.v.weight[i * h : (i + 1) * h], group.o.weight[:, i * h : (i + 1) * h]
+        target = C_root @ W_v.T @ W_o.T
+        ours = C_root @ v[i * rank : (i + 1) * rank].T @ o[:, i * rank : (i + 1) * rank].T
+        bound = torch.linalg.svdvals(target.detach())[rank:].square().sum()
+        assert float((target - ours).detach().square().sum()) == pytest.approx(
+            float(bound), rel=1e-7, abs=1e-9
+        )
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_the_joint_basis_of_a_group_is_never_worse_than_truncating_values_first(rank: int) -> None:
+    """The published grouped form cuts ``W_V`` before it sees any ``W_O``."""
+    _, attention = attention_of("llama")
+    site = site_of(attention, VO, ("v_proj", "o_proj"))
+    known, group = statistics_for(site), ValueOutput(site)
+    v, o, _ = value_weights(group, rank, known, PAPER)
+    h, C_root = group.width, root(known[group.names[0]].C)
+    for key_head in range(group.key_heads):
+        W_v = group.v.weight[key_head * h : (key_head + 1) * h].detach()
+        U, S, Vt = torch.linalg.svd(C_root @ W_v.T, full_matrices=False)
+        first = (U[:, :rank] * S[:rank]) @ Vt[:rank]  # the best values alone
+        ours = theirs = 0.0
+        for i in range(key_head * group.group, (key_head + 1) * group.group):
+            W_o = group.o.weight[:, i * h : (i + 1) * h].detach()
+            target = C_root @ W_v.T @ W_o.T
+            cut = C_root @ v[key_head * rank : (key_head + 1) * rank].T @ o[:, i * rank : (i + 1) * rank].T
+            ours += float((target - cut).square().sum())
+            theirs += float((target - first @ W_o.T).square().sum())
+        assert ours <= theirs * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_cost_of_values_is_the_weighted_error_of_the_output(name: str) -> None:
+    _, attention = attention_of(name)
+    site = site_of(attention, VO, ("v_proj", "out_proj" if name == "opt" else "o_proj"))
+    known, group = statistics_for(site), ValueOutput(site)
+    config = MoDeGPT(align=1)
+    forward, _ = group._bases(known, config)
+    for option in group.options(known, config):
+        _, o, _ = value_weights(group, option.rank, known, config)
+        P = torch.block_diag(*(forward[i // group.group][: option.rank] for i in range(group.heads)))
+        X = known[group.names[1]]
+        G = X.G + 1e-4 * X.G.diagonal().mean() * torch.eye(len(X.G), dtype=torch.float64)
+        C = X.C if group.o.bias is None else X.C - torch.outer(X.mean, X.mean)
+        measured = linalg.weighted_error(group.o.weight.detach() - o @ P, C, G)
+        assert option.loss == pytest.approx(0.5 * measured, rel=1e-7)
+
+
+@pytest.mark.parametrize("config", [PAPER, LOSS], ids=["paper", "loss"])
+def test_the_bias_of_values_folds_into_the_output(config: MoDeGPT) -> None:
+    """Nothing is left out at full rank, so attention computes what it did: V's bias is exact in O's."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, num_key_value_heads=2, **sizes)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    attention = model.model.layers[0].self_attn
+    assert attention.v_proj.bias is not None
+    assert attention.o_proj.bias is None
+    site = site_of(attention, VO, ("v_proj", "o_proj"))
+    group, known, batch = ValueOutput(site), statistics_for(site), TINY["llama"].inputs()
+    before = logits(model, batch)
+    nodes = group.structure(group.width)
+    new = {n: nodes[n].build(m) for n, m in zip(site.names, site.modules, strict=True)}
+    with torch.no_grad():
+        group.fill(new, known, config)
+    prefix = "model.layers.0.self_attn"
+    engine.replace(model, {n.replace("a", prefix, 1): m for n, m in new.items()})
+    assert model.model.layers[0].self_attn.v_proj.bias is None
+    torch.testing.assert_close(logits(model, batch), before, **CLOSE)
+
+
+# The whole module -------------------------------------------------------------------------------------------
+
+
+def blocks_of(name: str, model: Any) -> tuple[str, Any, str]:
+    if name == "opt":
+        return "model.decoder.layers.0.self_attn", model.model.decoder.layers[0].self_attn, "out_proj"
+    return "model.layers.0.self_attn", model.model.layers[0].self_attn, "o_proj"
+
+
+def sliced(name: str, queries: bool, values: bool) -> tuple[nn.Module, nn.Module]:
+    """A model with some dimensions of its heads cut out, and one with the same set to zero."""
+    generator = torch.Generator().manual_seed(3)
+    cut, zeroed = TINY[name].model(torch.float64), TINY[name].model(torch.float64)
+    prefix, attention, o = blocks_of(name, cut)
+    h, half = attention.head_dim, attention.head_dim // 2
+    key_heads = attention.k_proj.out_features // h
+    group = attention.q_proj.out_features // attention.k_proj.out_features
+    new: dict[str, nn.Module] = {}
+
+    def keep(layer: str, rows: Tensor | None, columns: Tensor | None) -> None:
+        old = getattr(attention, layer)
+        node = ResizedNode(
+            old.out_features if rows is None else len(rows),
+            old.in_features if columns is None else len(columns),
+            old.bias is not None,
+        )
+        module = node.build(old)
+        weight, bias = old.weight, old.bias
+        weight = weight if rows is None else weight[rows]
+        bias = bias if rows is None or bias is None else bias[rows]
+        with torch.no_grad():
+            module.fill(weight if columns is None else weight[:, columns], bias, rows, columns)
+        new[f"{prefix}.{layer}"] = module
+        _zero(zeroed.get_submodule(f"{prefix}.{layer}"), rows, columns)
+
+    if queries:
+        units = [torch.randperm(half, generator=generator)[:2].sort().values for _ in range(key_heads)]
+        dims = [torch.cat([u, u + half]) for u in units]
+        keep("k_proj", torch.cat([d + g * h for g, d in enumerate(dims)]), None)
+        keep("q_proj", torch.cat([dims[i // group] + i * h for i in range(key_heads * group)]), None)
+    if values:
+        first = torch.arange(h) < 3
+        keep("v_proj", first.repeat(key_heads).nonzero().flatten(), None)
+        keep(o, None, first.repeat(key_heads * group).nonzero().flatten())
+    new[prefix] = AttentionNode(o=o).build(attention)
+    engine.replace(cut, new)
+    return cut, zeroed
+
+
+def _zero(layer: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
+    with torch.no_grad():
+        for kept, tensor in ((rows, layer.weight), (columns, layer.weight.T), (rows, layer.bias)):
+            if kept is not None and tensor is not None:
+                gone = torch.ones(len(tensor), dtype=torch.bool)
+                gone[kept] = False
+                tensor[gone] = 0
+
+
+CUTS = [
+    (name, *what)
+    for name, both in (("llama", True), ("opt", True), ("qwen3", False), ("gemma3", False))
+    for what in (((True, True), (True, False), (False, True)) if both else ((False, True),))
+]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "queries", "values"), CUTS)
+def test_a_sliced_model_is_the_original_with_zeroed_directions(
+    name: str, queries: bool, values: bool, backend: str
+) -> None:
+    """So the softmax keeps the scale of the original head, and each pair the angle it had."""
+    cut, zeroed = sliced(name, queries, values)
+    batch = TINY[name].inputs()
+    for model in (cut, zeroed):
+        model.set_attn_implementation(backend)
+    torch.testing.assert_close(logits(cut, batch), logits(zeroed, batch), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "gemma3"])
+def test_the_cache_holds_the_reduced_widths_and_changes_nothing(name: str) -> None:
+    model, _ = sliced(name, queries=name in ("llama", "opt"), values=True)
+    ids = TINY[name].inputs()["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        begun = model(input_ids=ids[:, :6], use_cache=True)
+        ended = model(input_ids=ids[:, 6:], past_key_values=begun.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([begun.logits, ended], 1), whole, **CLOSE)
+    layer = begun.past_key_values.layers[0]
+    width = model.get_submodule(blocks_of(name, model)[0]).head_dim
+    assert layer.values.shape[-1] == 3
+    assert layer.keys.shape[-1] == (4 if name in ("llama", "opt") else width)
+    tokens = {
+        cached: model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=cached, pad_token_id=0)
+        for cached in (True, False)
+    }
+    assert torch.equal(tokens[True], tokens[False])
+
+
+def test_the_cost_of_channels_is_the_weighted_error_of_the_output() -> None:
+    """On the data that the moments come from, biases and their mean included."""
+    X, W, b = randn(300, 12, seed=20) + 0.5, randn(6, 12, seed=21), randn(6, seed=22)
+    up, down = nn.Linear(4, 12).double(), nn.Linear(12, 6).double()
+    with torch.no_grad():
+        down.weight.copy_(W)
+        down.bias.copy_(b)
+    site = Site(("m.up", "m.down"), (up, down), MLP)
+    known = {"m.down": SiteStatistics(300, X.T @ X / 300, X.mean(0), moment(6, 23))}
+    group, config = Mlp(site), MoDeGPT(align=1)
+    G = known["m.down"].G
+    G = G + 1e-4 * G.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    for option in group.options(known, config):
+        new = {
+            n: node.build(m)
+            for (n, node), m in zip(group.structure(option.rank).items(), (up, down), strict=True)
+        }
+        with torch.no_grad():
+            group.fill(new, known, config)
+            kept = new["m.down"].columns
+            assert torch.equal(new["m.up"].weight, up.weight[kept])
+            assert torch.equal(new["m.up"].rows, kept)
+            difference = down(X) - new["m.down"](X[:, kept])
+        measured = float((difference @ G * difference).sum(1).mean())
+        assert option.loss == pytest.approx(0.5 * measured, rel=1e-9)
+
+
+# Allocation -------------------------------------------------------------------------------------------------
+
+
+def test_the_entropy_rule_is_the_published_one_where_nothing_is_cut_off() -> None:
+    influence, sizes = {0: 0.3, 1: 0.1, 2: 0.2}, dict.fromkeys(range(3), 1000)
+    keep = keep_by_entropy(influence, sizes, 2400, 0.1, dict.fromkeys(range(3), 0))
+    phi = 3 * 0.2 * torch.softmax(-torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64) / 0.1, 0)
+    assert [keep[i] for i in range(3)] == pytest.approx((1 - phi).tolist(), rel=1e-12)
+    even = keep_by_entropy(influence, sizes, 2400, float("inf"), dict.fromkeys(range(3), 0))
+    assert list(even.values()) == pytest.approx([0.8] * 3)
+
+
+def test_what_the_entropy_rule_cannot_take_from_a_block_it_takes_from_others() -> None:
+    influence, sizes = {0: 0.9, 1: 0.05, 2: 0.2, 3: 0.2}, dict.fromkeys(range(4), 1000)
+    least = dict.fromkeys(range(4), 100)
+    keep = keep_by_entropy(influence, sizes, 2000, 0.05, least)
+    assert sum(1000 * share for share in keep.values()) == pytest.approx(2000)
+    assert keep[1] == pytest.approx(0.1)
+    assert all(0.1 - 1e-12 <= share <= 1 for share in keep.values())
+    with pytest.raises(ConfigError, match="below 400, the least"):
+        keep_by_entropy(influence, sizes, 399, 0.05, least)
+
+
+def test_combined_options_are_the_hull_of_all_combinations() -> None:
+    generator = torch.Generator().manual_seed(5)
+    layers = {}
+    for name in "abc":
+        losses = torch.rand(4, generator=generator).sort(descending=True).values.tolist()
+        layers[name] = [Option(r, 3 * r, loss) for r, loss in enumerate(losses, 1)] + [Option(None, 20, 0.0)]
+    every = [(sum(o.size for o in c), sum(o.loss for o in c)) for c in itertools.product(*layers.values())]
+    found = combined(layers)
+    for price in (0.001, 0.01, 0.03, 0.1, 0.3):  # at any price the same best option: the same hull
+        best = min(loss + price * size for size, loss in every)
+        assert min(o.loss + price * o.size for o in found) == pytest.approx(best, rel=1e-12)
+    assert found[-1] == Option(None, 60, 0.0, {})
+    chosen = allocate({"group": found}, 41)["group"]
+    assert chosen.size <= 41
+    assert chosen.size == sum(3 * r for r in chosen.ranks.values()) + 20 * (3 - len(chosen.ranks))
+
+
+# What cannot be done ----------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_module_is_refused() -> None:
+    model = TINY["llama"].model()
+    with pytest.raises(TargetError, match=r"layers.0.mlp.* belongs to the same module as .*down_proj"):
+        lowrank_ft.wrap(model, "modegpt", targets=["down_proj"], data=[])
+    with pytest.raises(TargetError, match=r"one of several layers of a module"):
+        lowrank_ft.wrap(model, "modegpt", targets=["up_proj"], data=[])
+
+
+def test_a_family_without_a_layout_is_told_how_to_write_one() -> None:
+    model = TINY["llama"].model()
+    model.config.model_type = "llamma"
+    with pytest.raises(TargetError, match=r"'llamma'.*Did you mean 'llama'.*LAYOUTS\['llamma'\] = Layout\("):
+        lowrank_ft.wrap(model, "modegpt", data=[])
+
+
+def test_normalised_queries_and_keys_are_left_alone_by_the_paper() -> None:
+    method = MoDeGPTMethod(PAPER)
+    for name, resizable in (("llama", True), ("qwen3", False)):
+        model = TINY[name].model()
+        roles = {site.role for site in method.sites(model, select(model))}
+        assert (QK in roles) is resizable
+        assert {MLP, VO} <= roles
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="needs gradients"):
+        MoDeGPT(recipe="paper", selection="loss")
+    with pytest.raises(ConfigError, match="epsilon must be above 0"):
+        MoDeGPT(epsilon=0.0)
+
+
+def test_an_attention_module_answers_for_the_stock_one() -> None:
+    cut, _ = sliced("llama", queries=True, values=True)
+    attention = cut.model.layers[0].self_attn
+    assert isinstance(attention, ResizedAttention)
+    assert attention.layer_idx == 0
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = attention.no_such_thing
+    twin = copy.deepcopy(cut)
+    assert torch.equal(logits(twin, TINY["llama"].inputs()), logits(cut, TINY["llama"].inputs()))
+    assert isinstance(twin.model.layers[0].self_attn.q_proj, Resized)
