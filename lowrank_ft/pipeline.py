@@ -31,6 +31,7 @@ from lowrank_ft.checkpoint import base_model
 from lowrank_ft.errors import ConfigError, StateError
 from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.modules.replacement import Container, Replacement
+from lowrank_ft.modules.resized import Resized
 from lowrank_ft.sites import Site, stock_modules
 
 
@@ -113,7 +114,7 @@ def _check(model: nn.Module, chosen: Sequence[Site]) -> None:
     shared = ties.shared(engine.stock_tensors(model))
     for site in chosen:
         for name, module in zip(site.names, site.modules, strict=True):
-            if isinstance(module, Replacement):
+            if isinstance(module, Replacement) and not isinstance(module, Resized):
                 raise StateError(
                     f"{name} is compressed already: exclude it, or start from the original model."
                 )

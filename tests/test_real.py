@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.checkpoint import verify
+from lowrank_ft.pipeline import count
 from tests.tiny import perturb
 
 pytestmark = pytest.mark.real
@@ -118,3 +120,30 @@ def test_unload_gives_the_base_back(ids: Tensor) -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"recipe": "paper", "calibration": {"sequential": True}}], ids=["loss", "paper"]
+)
+def test_compression_saves_reloads_and_generates(
+    options: dict[str, Any], ids: Tensor, tmp_path: Path
+) -> None:
+    """Three blocks of the real model by MoDeGPT: a fresh process computes the same bits, cache or none."""
+    model, dense = base(), base()
+    batches = [{"input_ids": ids.repeat(1, 10)[:, i : i + 160]} for i in range(10)]
+    calibration = {"gradient_samples": 2, **options.pop("calibration", {})}
+    lowrank_ft.wrap(
+        model, "modegpt", ratio=0.03, layers=(0, 14, 29), data=batches, calibration=calibration, **options
+    )
+    assert count(model).blocks <= count(dense).blocks * 0.97
+    lowrank_ft.save(model, tmp_path / "model")
+    assert verify.reload_difference(model, None, tmp_path / "model", {"input_ids": ids}) == 0.0
+    outputs = [
+        model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=use_cache)  # type: ignore[operator]
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*outputs)
+    lowrank_ft.export(model, tmp_path / "dense", "dense")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    # The stock attention sums over the zeroed dimensions as well: float32 rounding, logits up to 40.
+    torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=1e-3)

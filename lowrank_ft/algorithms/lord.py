@@ -27,7 +27,7 @@ from lowrank_ft.allocation import Option, allocate, uniform
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import Layer, layer_of
-from lowrank_ft.modules.lowrank import LowRank, LowRankNode, supports_low_rank
+from lowrank_ft.modules.lowrank import LowRank, LowRankNode, low_rank_node, supports_low_rank
 from lowrank_ft.registry import register_method
 from lowrank_ft.sites import Site
 
@@ -117,7 +117,7 @@ class LoRDMethod(Method[LoRD]):
             return {}
         layer = layer_of(site.modules[0])
         bias = layer.bias is not None or self._centers(layer)
-        return {site.names[0]: LowRankNode(share.rank, bias)}
+        return {site.names[0]: low_rank_node(layer, share.rank, bias)}
 
     def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
         """Fill the factors and the bias, and report what they leave."""
@@ -226,6 +226,9 @@ def fill(
     layer_of(module.second).weight.copy_(factors.B)
     first = layer_of(module.first)
     first.weight.copy_(first.to_weight(factors.A))
+    for index in ("rows", "columns"):
+        if getattr(module, index) is not None:
+            getattr(module, index).copy_(getattr(layer.module, index))
     if module.bias is not None:
         bias = torch.zeros(layer.out_features, dtype=torch.float64, device=weight.device)
         if layer.bias is not None:

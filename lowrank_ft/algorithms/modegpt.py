@@ -126,6 +126,8 @@ class MoDeGPTMethod(Method[MoDeGPT]):
     def check(self, site: Site) -> None:
         """Refuse layers that are not linear."""
         for name, module in site.layers.items():
+            if isinstance(module, Resized):
+                raise TargetError(f"{name} is resized already: exclude it, or start from the original model.")
             if not supports_low_rank(layer_of(module, name)):
                 raise TargetError(
                     f"{name} is a {type(module).__name__}, which {self.name!r} cannot take apart: exclude it."

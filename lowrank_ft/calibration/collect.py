@@ -57,7 +57,7 @@ def inputs(
         for batch in batches:
             with listener.listening(batch), torch.no_grad():
                 stream.forward(model, batch)
-            progress.update(count_tokens([batch]))
+            _advance(progress, count_tokens([batch]))
         store.put("all", listener.tensors(), listener.leaders)
     else:
         _chained_inputs(chain, modules, batches, store, after, progress)
@@ -91,7 +91,7 @@ def _chained_inputs(
         def run(i: int, k: int = k, before: list[Any] = states) -> Any:
             with torch.no_grad():
                 out = chain.run(k, batches[i], stream.onload(before[i], device))
-            progress.update(count_tokens([batches[i]]) / len(chain))
+            _advance(progress, count_tokens([batches[i]]) / len(chain))
             return None if k == len(chain) else stream.offload(out, chain.shelf)
 
         wanted = {*groups.get(k, ()), *(waiting if k == 0 or is_end else ())}
@@ -220,7 +220,7 @@ def gradients(
                 with torch.enable_grad(), collector.listening(batch):
                     value = loss(model, batch, stream.forward(model, batch))
                     collector.backward(value, None, None)
-                progress.update(count_tokens([batch]))
+                _advance(progress, count_tokens([batch]))
             collector.finish(store, "all")
         else:
             _chained_gradients(chain, modules, batches, store, loss, fisher, progress)
@@ -250,7 +250,7 @@ def _chained_gradients(
             with torch.no_grad():
                 out = chain.run(k, batch, stream.onload(states[k][i], device))
             states[-1].append(stream.offload(out, chain.shelf))
-            progress.update(count_tokens([batch]) * share)
+            _advance(progress, count_tokens([batch]) * share)
     slopes: list[Tensor] = []
     collector = _Collector(modules, late, fisher)
     for i, batch in enumerate(batches):
@@ -267,7 +267,7 @@ def _chained_gradients(
             with torch.enable_grad(), collector.listening(batch):
                 out = stream.hidden_of(chain.run(k, batch, before))
                 slopes[i] = collector.backward(out, slopes[i], stream.hidden_of(before) if k > 0 else None)
-            progress.update(count_tokens([batch]) * share)
+            _advance(progress, count_tokens([batch]) * share)
         collector.finish(store, f"{k:04d}")
 
 
@@ -537,3 +537,8 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 
 def _progress(tokens: int, what: str) -> Any:
     return tqdm(total=tokens, desc=what, unit="tok", unit_scale=True, leave=False)
+
+
+def _advance(progress: Any, tokens: float) -> None:
+    """Move a bar on; tokens by block are fractions, whose rounding must not carry it past its end."""
+    progress.update(min(tokens, max(progress.total - progress.n, 0)))

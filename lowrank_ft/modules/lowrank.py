@@ -14,6 +14,7 @@ from lowrank_ft.errors import TargetError
 from lowrank_ft.manifest import DenseNode, Node, node_of
 from lowrank_ft.modules.layer import EmbeddingLayer, Layer, LinearLayer, layer_of, stock_linear
 from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.modules.resized import Resized, ResizedNode
 from lowrank_ft.registry import register_node
 
 
@@ -46,6 +47,8 @@ class LowRankNode(Node):
             )
         weight = layer.weight
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        # On a resized layer the factors are resized ones, whose stock sizes are the layer's own.
+        outputs, inputs = getattr(module, "stock_shape", (layer.out_features, layer.in_features))
         if layer.kind == "embedding":
             # Given its table, nn.Embedding does not draw a random one first.
             first: nn.Module = nn.Embedding(
@@ -55,9 +58,21 @@ class LowRankNode(Node):
                 _weight=torch.empty(layer.in_features, self.rank, **place),
             )
         else:
-            first = _empty_linear(layer.in_features, self.rank, False, place)
-        second = _empty_linear(self.rank, layer.out_features, self.bias, place)
+            first = _empty_linear(inputs, self.rank, False, place)
+        second = _empty_linear(self.rank, outputs, self.bias, place)
         return LowRank(self.first.build(first), self.second.build(second), module)
+
+
+def low_rank_node(layer: Layer, rank: int, bias: bool) -> LowRankNode:
+    """Return the node of a layer's factors: on a resized layer they keep its rows and columns."""
+    stock = layer.module
+    first: Node = DenseNode()
+    second: Node = DenseNode()
+    if isinstance(stock, Resized) and stock.columns is not None:
+        first = ResizedNode(rank, stock.in_features)
+    if isinstance(stock, Resized) and stock.rows is not None:
+        second = ResizedNode(stock.out_features, rank, bias)
+    return LowRankNode(rank, bias, first, second)
 
 
 def supports_low_rank(layer: Layer) -> bool:
@@ -86,8 +101,9 @@ class LowRank(Replacement):
         layer = layer_of(stock)
         super().__init__(layer.weight)
         self.first, self.second = first, second
-        self.kind = layer.kind
-        self.adds_bias = self.kind == "linear" and layer.bias is None and self.bias is not None
+        self.kind: str = getattr(stock, "kind", layer.kind)  # a resized layer knows what stood there
+        adds = self.kind == "linear" and layer.bias is None and self.bias is not None
+        self.adds_bias: bool = adds or getattr(stock, "adds_bias", False)
         self.train(stock.training)
 
     def structure(self) -> LowRankNode:
@@ -98,6 +114,23 @@ class LowRank(Replacement):
             first=node_of(self.first),
             second=node_of(self.second),
         )
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Which outputs of the stock layer there are, where some were taken before (``Resized.rows``)."""
+        return cast("Tensor | None", getattr(self.second, "rows", None))
+
+    @property
+    def columns(self) -> Tensor | None:
+        """Which inputs of the stock layer there are."""
+        return cast("Tensor | None", getattr(self.first, "columns", None))
+
+    @property
+    def stock_shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the stock layer."""
+        outputs, _ = getattr(self.second, "stock_shape", (self.out_features, 0))
+        _, inputs = getattr(self.first, "stock_shape", (0, self.in_features))
+        return outputs, inputs
 
     @property
     def rank(self) -> int:
@@ -135,9 +168,11 @@ class LowRank(Replacement):
         """Return one stock layer in place of the factors.
 
         Args:
-            matrix: ``(out, in)``, its weight; by default the factors multiplied out in at least float32 and
-                rounded once.
+            matrix: ``(out, in)``, its weight, for a layer of this size; by default the factors multiplied out
+                in at least float32 and rounded once, and filled up with zeros where rows or columns of the
+                stock layer were taken.
         """
+        full = matrix is None
         dtype = layer_of(self.first).weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         bias = self.bias
@@ -152,6 +187,9 @@ class LowRank(Replacement):
                 stock: nn.Module = nn.Embedding(
                     self.in_features, self.out_features, padding, _weight=matrix.T.to(dtype).contiguous()
                 )
+            elif self.rows is not None or self.columns is not None:
+                layer = Resized.of(self, matrix.to(dtype), bias)
+                stock = layer.dense() if full else layer
             else:
                 stock = stock_linear(self.kind, matrix.to(dtype), bias)
         return stock.requires_grad_(self._trains()).train(self.training)

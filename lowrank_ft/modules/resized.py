@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,22 @@ class Resized(Replacement, nn.Linear):
         self.kind = layer.kind
         self.adds_bias = self.kind == "linear" and layer.bias is None and node.bias
         self.train(stock.training)
+
+    @staticmethod
+    def of(like: Any, matrix: Tensor, bias: Tensor | None) -> Resized:
+        """Return a layer with the rows and columns of another one that knows them, and these values.
+
+        Args:
+            like: has ``kind``, ``stock_shape``, ``rows`` and ``columns``.
+            matrix: ``(out, in)``.
+            bias: ``(out,)`` or None.
+        """
+        shell = stock_linear(like.kind, matrix.new_empty(like.stock_shape, device="meta"), None)
+        node = ResizedNode(matrix.shape[0], matrix.shape[1], bias is not None)
+        module = Resized(node, shell)
+        module.to_empty(device=matrix.device)
+        module.fill(matrix, bias, like.rows, like.columns)
+        return module
 
     def structure(self) -> ResizedNode:
         """Return the node of this layer."""

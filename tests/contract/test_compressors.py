@@ -13,6 +13,7 @@ import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
 from lowrank_ft.manifest import describe
+from lowrank_ft.modules.lowrank import LowRankNode
 from lowrank_ft.pipeline import count
 from tests.contract.cases import COMPRESSING, Case
 from tests.contract.test_contract import FLOAT64, assert_same_state, state
@@ -105,6 +106,31 @@ def test_lora_stacks_on_it(case: Case, tmp_path: Path) -> None:
     lowrank_ft.unload(model)
     assert_same_state(model, compressed)
     assert torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen3"])
+def test_lord_stacks_on_modegpt(name: str, tmp_path: Path) -> None:
+    case = Case("modegpt", name)
+    model, batch = case.tiny.model(torch.float64), case.tiny.inputs(torch.float64)
+    data = case.data(torch.float64)
+    lowrank_ft.wrap(model, "modegpt", recipe="paper", ratio=0.15, align=1, data=data)
+    lowrank_ft.wrap(model, "lord", ratio=0.2, align=1, data=data)
+    ours = logits(model, batch)
+    nodes = [node for node in describe(model).values() if isinstance(node, LowRankNode)]
+    assert "resized" in {part.kind for node in nodes for part in (node.first, node.second)}
+    lowrank_ft.save(model, tmp_path / "stack")
+    reloaded = type(model).from_pretrained(tmp_path / "stack", dtype=torch.float64)
+    assert_same_state(reloaded, state(model))
+    assert torch.equal(logits(copy.deepcopy(reloaded), batch), ours)
+    lowrank_ft.export(reloaded, tmp_path / "dense", "dense")
+    stock = type(model).from_pretrained(tmp_path / "dense", dtype=torch.float64)
+    torch.testing.assert_close(logits(stock, batch), ours, **FLOAT64)
+    perturb(lowrank_ft.wrap(reloaded, "lora", rank=2, dora=True))
+    adapted = logits(reloaded, batch)
+    lowrank_ft.merge(reloaded)
+    torch.testing.assert_close(logits(reloaded, batch), adapted, **FLOAT64)
+    with pytest.raises((TargetError, StateError), match="already"):
+        lowrank_ft.wrap(model, "modegpt", ratio=0.1, data=data)
 
 
 @every_case
