@@ -275,6 +275,23 @@ def decompose(
     return Decomposition(W, energies.clamp_min(0), float(gram.trace()), vectors, tall, root)
 
 
+def pull(weight: Tensor, G: Tensor | None = None, pulled: Tensor | None = None, ridge: float = 0.0) -> Tensor:
+    """Return ``Wᵀ G W`` with a ridge on G, whichever of the two is known; ``Wᵀ W`` where neither is.
+
+    Args:
+        weight: ``(out, in)``, float64.
+        G: second moment of the output's gradient, ``(out, out)``.
+        pulled: ``Wᵀ G W``, ``(in, in)``.
+        ridge: relative to the mean of diag G.
+    """
+    if G is None and pulled is None:
+        return weight.T @ weight
+    if pulled is None:
+        assert G is not None
+        return weight.T @ (_with_ridge(G, ridge * float(G.diagonal().mean())) @ weight)
+    return pulled + ridge * _mean_gradient(pulled, weight) * (weight.T @ weight)
+
+
 def _mean_gradient(pulled: Tensor, W: Tensor) -> float:
     """The mean of diag G as far as ``Wᵀ G W`` tells: exact where G is a multiple of the identity."""
     return float(pulled.trace() / (W * W).sum())

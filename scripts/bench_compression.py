@@ -61,6 +61,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "MoDeGPT, by loss, leverage scores": {"method": "modegpt", "selection": "leverage"},
     "MoDeGPT, by loss, sequential": {"method": "modegpt"},
     "MoDeGPT, by loss, then LoRA": {"method": "modegpt"},
+    "MoDeGPT, by loss, then longer LoRA": {"method": "modegpt"},
+}
+# Steps of 4 × 256 tokens that recover what was lost.
+RECOVERY = {
+    "LoRD, by loss, then LoRA": 30,
+    "MoDeGPT, by loss, then LoRA": 30,
+    "MoDeGPT, by loss, then longer LoRA": 90,
 }
 
 
@@ -89,6 +96,7 @@ def rows(suite: str) -> Iterator[Row]:
         yield Row(ours, ratio)
         yield Row(published, ratio)
     yield Row(f"{ours}, then LoRA", 0.2)
+    yield Row(f"{ours}, then longer LoRA", 0.2)
     for ratio in (0.3, 0.2, 0.4):
         yield Row(f"{published}, MLP only", ratio)
         yield Row(f"{ours}, MLP only", ratio)
@@ -124,7 +132,6 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--gradient-samples", type=int, default=32)
-    parser.add_argument("--recovery-steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -149,6 +156,8 @@ def main() -> None:
             file.write(json.dumps(done[-1]) + "\n")
         print(done[-1], flush=True)
     print(table(done))
+    for name in corpora:
+        print(f"\n{name}: rise over dense in nats (perplexity)\n\n{by_ratio(done, name)}")
 
 
 def measure(
@@ -170,21 +179,20 @@ def measure(
         }
         looks = {} if options.get("objective") == "weight" else {"data": training, "tokenizer": tokenizer}
         lowrank_ft.wrap(model, ratio=row.ratio, calibration=settings, **options, **looks)
-        if row.method.endswith("LoRA"):
-            recover(model, windows(training, tokenizer, 10**6, 256), args.recovery_steps)
+        if row.method in RECOVERY:
+            recover(model, windows(training, tokenizer, 10**6, 256), RECOVERY[row.method])
     seconds = time.perf_counter() - started
     now = count(model)
-    adapters = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad) if row.method.endswith("LoRA") else 0
-    )
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    adapters = sum(trained) if row.method in RECOVERY else 0
     figures: dict[str, Any] = {
         **({"ranks removed": ranks_removed(model)} if "LoRD" in row.method else {}),
         "removed of blocks": 1 - (now.blocks - adapters) / dense.blocks,
         "removed of total": 1 - (now.total - adapters) / dense.total,
         "seconds": round(seconds, 1),
     }
-    if row.method.endswith("LoRA"):
-        figures["recovery steps"] = args.recovery_steps
+    if row.method in RECOVERY:
+        figures["recovery steps"] = RECOVERY[row.method]
     for name, tokens in corpora.items():
         figures[f"loss {name}"] = evaluation.window_loss(model, tokens, name)
     return figures
@@ -242,6 +250,24 @@ def table(done: list[dict[str, Any]]) -> str:
             rise = row[f"loss {name}"] - dense[f"loss {name}"]
             line[f"{name} perplexity"] = f"{math.exp(row[f'loss {name}']):.2f} ({math.expm1(rise):+.1%})"
             line[f"{name} rise (nats)"] = f"{rise:.3f}"
+        lines.append(line)
+    return tabulate(lines, "keys", "github", disable_numparse=True)
+
+
+def by_ratio(done: list[dict[str, Any]], name: str) -> str:
+    """One line for each method, one column for each ratio: the README's form. Draws in a row."""
+    dense = next(row for row in done if row["method"] == "dense")[f"loss {name}"]
+    ratios = sorted({row["ratio"] for row in done} - {0.0})
+    lines = []
+    for method in OPTIONS:
+        mine = [row for row in done if row["method"] == method]
+        if not mine:
+            continue
+        line = {"": method}
+        for ratio in ratios:
+            losses = [row[f"loss {name}"] for row in mine if row["ratio"] == ratio]
+            rises = ", ".join(f"{loss - dense:.3f}" for loss in losses)
+            line[f"{ratio:.0%}"] = f"{rises} ({math.exp(losses[0]):.1f})" if losses else ""
         lines.append(line)
     return tabulate(lines, "keys", "github", disable_numparse=True)
 

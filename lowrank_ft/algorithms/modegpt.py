@@ -339,6 +339,13 @@ class Group(ABC):
         self.site = site
         self.names = list(site.layers)
         self.layers = [layer_of(module) for module in site.layers.values()]
+        self.place: dict[str, Any] = {"device": self.layers[0].weight.device}
+
+    def known(self, statistics: Statistics, name: str) -> SiteStatistics:
+        """Return what is known of a layer, on the layer's device."""
+        found = statistics[name]
+        tensors = {what: getattr(found, what) for what in ("C", "mean", "G", "pulled")}
+        return replace(found, **{k: t.to(**self.place) for k, t in tensors.items() if t is not None})
 
     @abstractmethod
     def structure(self, rank: int) -> dict[str, Node]:
@@ -370,16 +377,14 @@ def _resized(
 
 
 def _matrix(layer: Layer) -> Tensor:
-    return layer.matrix().detach().cpu().double()
+    return layer.matrix().detach().double()
 
 
-def _gradient(known: SiteStatistics, by_loss: bool, width: int) -> Tensor:
-    """``G`` with its ridge; the identity where outputs count alike."""
-    if not by_loss or known.G is None:
-        return torch.eye(width, dtype=torch.float64)
-    G = known.G.clone()
-    G.diagonal().add_(lord.GRADIENT_RIDGE * float(G.diagonal().mean()))
-    return G
+def _pulled(layer: Layer, known: SiteStatistics, config: MoDeGPT) -> Tensor:
+    """``Wᵀ G W``, G with its ridge; G is the identity where outputs count alike."""
+    if config.recipe == "paper":
+        return linalg.pull(_matrix(layer))
+    return linalg.pull(_matrix(layer), known.G, known.pulled, lord.GRADIENT_RIDGE)
 
 
 def _moment(known: SiteStatistics, centered: bool) -> Tensor:
@@ -417,13 +422,13 @@ class Mlp(Group):
         refitted, root = linalg.nystrom_refit(weight, C, kept)
         bias = self.down.bias
         if bias is not None and self._centered(config):
-            mean = statistics[self.names[-1]].mean
-            bias = bias.cpu().double() + weight @ mean - refitted @ mean[kept]
+            mean = self.known(statistics, self.names[-1]).mean
+            bias = bias.double() + weight @ mean - refitted @ mean[kept]
         down.fill(refitted, bias, columns=kept)
         width = self.down.in_features
         for name, layer in zip(self.names[:-1], self.layers[:-1], strict=True):
             parts = layer.out_features // width  # 2 where gate and up are one matrix
-            rows = torch.cat([kept + width * part for part in range(parts)]).to(layer.weight.device)
+            rows = torch.cat([kept + width * part for part in range(parts)])
             new[name].fill(layer.matrix()[rows], None if layer.bias is None else layer.bias[rows], rows=rows)
         error = linalg.nystrom_errors(C, K, order)
         total = float(error[0])
@@ -441,10 +446,8 @@ class Mlp(Group):
 
     def _order(self, statistics: Statistics, config: MoDeGPT) -> tuple[Tensor, Tensor, Tensor]:
         """The channels' second moment, what they are worth, and their order, the dearest first."""
-        known, weight = statistics[self.names[-1]], _matrix(self.down)
-        C = _moment(known, self._centered(config))
-        G = _gradient(known, config.recipe == "loss", len(weight))
-        K = weight.T @ (G @ weight)
+        known = self.known(statistics, self.names[-1])
+        C, K = _moment(known, self._centered(config)), _pulled(self.down, known, config)
         selection = config.selection or {"loss": "loss", "paper": "leverage"}[config.recipe]
         if selection == "leverage":
             return C, K, linalg.leverage_scores(C).argsort(descending=True, stable=True)
@@ -490,9 +493,11 @@ class QueryKey(Heads):
         return self._with_attention({self.names[0]: q, self.names[1]: k})
 
     def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
+        if config.recipe == "loss" and any(statistics[name].G is None for name in self.names):
+            return []  # more outputs than inputs: the gradient's moments by row were not kept
         order, H = self._order(statistics, config)
         step = max(self.unit, min(config.align, self.width) // self.unit * self.unit)
-        heads = torch.arange(self.key_heads)[:, None]
+        heads = torch.arange(self.key_heads, **self.place)[:, None]
         found = []
         for rank in range(step, self.width, step):
             out = (heads * self.units + order[:, rank // self.unit :]).flatten()
@@ -507,8 +512,7 @@ class QueryKey(Heads):
         dims = torch.cat([units + part * self.units for part in range(self.unit)], 1)  # (key heads, rank)
         for name, layer, copies in ((self.names[0], self.q, self.group), (self.names[1], self.k, 1)):
             of_head = dims.repeat_interleave(copies, 0)
-            rows = (torch.arange(len(of_head))[:, None] * self.width + of_head).flatten()
-            rows = rows.to(layer.weight.device)
+            rows = (torch.arange(len(of_head), **self.place)[:, None] * self.width + of_head).flatten()
             bias = None if layer.bias is None else layer.bias[rows]
             new[name].fill(layer.matrix()[rows], bias, rows=rows)
         return {"tokens": statistics[self.names[0]].tokens}
@@ -520,34 +524,43 @@ class QueryKey(Heads):
         lacks, so both sides' gradients predict it: H is the mean of ``G_q ∘ C_q`` and ``G_k ∘ C_k``, summed
         over the rows of each unit.
         """
-        q, k = (
-            self._unit_moments(n, layer, statistics) for n, layer in zip(self.names, self.layers, strict=True)
-        )
+        q, k = (self._moment(n, layer, statistics) for n, layer in zip(self.names, self.layers, strict=True))
         if config.recipe == "paper":
-            score = q[0].diagonal() * k[0].diagonal()  # (C_Q,jj + C_Q,j'j') (C_K,jj + C_K,j'j')
+            scores = [self._by_unit(torch.diag(C.diagonal())).diagonal() for C in (q, k)]
+            score = scores[0] * scores[1]  # (C_Q,jj + C_Q,j'j') (C_K,jj + C_K,j'j'), summed over the group
             order = score.view(self.key_heads, self.units).argsort(dim=1, descending=True, stable=True)
             return order, torch.diag(score)
-        H = 0.5 * (q[1] + k[1])
+        G_q, G_k = (self._gradient(self.known(statistics, name)) for name in self.names)
+        H = 0.5 * (self._by_unit(G_q * q) + self._by_unit(G_k * k))
         orders = []
         for head in range(self.key_heads):
             mine = slice(head * self.units, (head + 1) * self.units)
             orders.append(_cheapest_first(H[mine, mine]).flip(0))
         return torch.stack(orders), H
 
-    def _unit_moments(self, name: str, layer: Layer, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """The second moment of a projection's output, and that times its gradient's, summed over units."""
-        known, W = statistics[name], _matrix(layer)
+    def _moment(self, name: str, layer: Layer, statistics: Statistics) -> Tensor:
+        """The second moment of a projection's output, before any rotation."""
+        known, W = self.known(statistics, name), _matrix(layer)
         C = W @ known.C @ W.T
         if layer.bias is not None:
-            bias, shift = layer.bias.detach().cpu().double(), W @ known.mean
+            bias, shift = layer.bias.detach().double(), W @ known.mean
             C = C + torch.outer(shift, bias) + torch.outer(bias, shift + bias)
-        rows = torch.arange(len(W))
-        heads = rows // self.width // (len(W) // self.width // self.key_heads)
-        unit = heads * self.units + rows % self.units
-        S = torch.zeros(len(W), self.key_heads * self.units, dtype=torch.float64)
-        S[rows, unit] = 1.0
-        second = S.T @ torch.diag(C.diagonal()) @ S
-        return second, S.T @ (_gradient(known, True, len(W)) * C) @ S
+        return C
+
+    @staticmethod
+    def _gradient(known: SiteStatistics) -> Tensor:
+        assert known.G is not None
+        G = known.G.clone()
+        G.diagonal().add_(lord.GRADIENT_RIDGE * float(G.diagonal().mean()))
+        return G
+
+    def _by_unit(self, matrix: Tensor) -> Tensor:
+        """Add up the rows and columns of each unit, over the heads of a group."""
+        rows = torch.arange(len(matrix), **self.place)
+        heads = rows // (len(matrix) // self.key_heads)
+        S = matrix.new_zeros(len(matrix), self.key_heads * self.units)
+        S[rows, heads * self.units + rows % self.units] = 1.0
+        return S.T @ matrix @ S
 
 
 def _cheapest_first(H: Tensor) -> Tensor:
@@ -558,7 +571,7 @@ def _cheapest_first(H: Tensor) -> Tensor:
         order.append(pick)
         cost = cost + 2 * H[:, pick]
         cost[order] = math.inf
-    return torch.tensor(order)
+    return torch.tensor(order, device=H.device)
 
 
 class ValueOutput(Heads):
@@ -587,12 +600,12 @@ class ValueOutput(Heads):
         rank = new[self.names[0]].out_features // self.key_heads
         forward, backward = self._bases(statistics, config)
         weight = _matrix(self.o)
-        first = torch.arange(self.width) < rank
+        first = torch.arange(self.width, **self.place) < rank
         P = _block_diagonal(forward[:, :rank])  # (key heads · rank, key heads · h)
         V = P @ _matrix(self.v)
         P_out = _block_diagonal(forward.repeat_interleave(self.group, 0)[:, :rank])
         columns = first.repeat(self.heads).nonzero().flatten()
-        known = statistics[self.names[1]]
+        known = self.known(statistics, self.names[1])
         if config.recipe == "loss":
             C = P_out @ self._output_moment(known) @ P_out.T
             root = linalg.factor_spd(C)
@@ -620,12 +633,12 @@ class ValueOutput(Heads):
         """
         if self.v.bias is None and self.o.bias is None:
             return None
-        bias = torch.zeros(self.o.out_features, dtype=torch.float64)
+        bias = weight.new_zeros(self.o.out_features)
         if self.o.bias is not None:
-            bias += self.o.bias.cpu()
-        carried = torch.zeros(self.o.in_features, dtype=torch.float64)
+            bias += self.o.bias
+        carried = weight.new_zeros(self.o.in_features)
         if self.v.bias is not None:
-            per_head = self.v.bias.cpu().double().view(self.key_heads, self.width)
+            per_head = self.v.bias.double().view(self.key_heads, self.width)
             carried = per_head.repeat_interleave(self.group, 0).flatten()
         if config.recipe == "paper":
             return bias + weight @ carried
@@ -641,18 +654,15 @@ class ValueOutput(Heads):
         query heads do with them, T is ``Aᵀ L⁻¹`` for A the eigenvectors of ``Lᵀ K L``: the joint optimum over
         the group for one N. The paper takes N from the projection (no bias), we from what attention gives.
         """
-        by_loss = config.recipe == "loss"
-        weight, known = _matrix(self.o), statistics[self.names[1]]
-        G = _gradient(known, by_loss, len(weight))
-        each = weight.view(len(weight), self.heads, self.width).transpose(0, 1)  # W_O of each head
-        K = (each.mT @ (G @ each)).view(self.key_heads, self.group, self.width, self.width).sum(1)
-        if by_loss:
-            blocks = self._output_moment(known).view(self.heads, self.width, self.heads, self.width)
-            own = torch.stack([blocks[i, :, i] for i in range(self.heads)])
+        known = self.known(statistics, self.names[1])
+        across = _diagonal_blocks(_pulled(self.o, known, config), self.heads)
+        K = across.view(self.key_heads, self.group, self.width, self.width).sum(1)
+        if config.recipe == "loss":
+            own = _diagonal_blocks(self._output_moment(known), self.heads)
             N = own.view(self.key_heads, self.group, self.width, self.width).mean(1)
         else:
             V = _matrix(self.v).view(self.key_heads, self.width, -1)
-            N = V @ statistics[self.names[0]].C @ V.mT
+            N = V @ self.known(statistics, self.names[0]).C @ V.mT
         forward, backward = [], []
         for n, k in zip(N, K, strict=True):
             root = linalg.factor_spd(n)
@@ -664,18 +674,26 @@ class ValueOutput(Heads):
     def _errors(self, statistics: Statistics, config: MoDeGPT) -> Tensor:
         """The weighted error of each rank, ``(h + 1,)``."""
         forward, backward = self._bases(statistics, config)
-        weight, known = _matrix(self.o), statistics[self.names[1]]
+        known = self.known(statistics, self.names[1])
         T = _block_diagonal(forward.repeat_interleave(self.group, 0))
-        W = weight @ _block_diagonal(backward.repeat_interleave(self.group, 0))
-        K = W.T @ _gradient(known, config.recipe == "loss", len(W)) @ W
-        by_rank = torch.arange(self.o.in_features).view(self.heads, self.width).T.flatten()
+        back = _block_diagonal(backward.repeat_interleave(self.group, 0))
+        K = back.T @ _pulled(self.o, known, config) @ back
+        by_rank = torch.arange(self.o.in_features, **self.place).view(self.heads, self.width).T.flatten()
         return linalg.nystrom_errors(T @ self._output_moment(known) @ T.T, K, by_rank)[:: self.heads]
+
+
+def _diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """Return the blocks on the diagonal, ``(count, n / count, n / count)``."""
+    blocks = matrix.view(count, len(matrix) // count, count, len(matrix) // count)
+    return torch.stack([blocks[i, :, i] for i in range(count)])
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
     """Return ``(n·a, n·b)`` from blocks ``(n, a, b)``."""
     n, a, b = blocks.shape
-    return torch.einsum("nab,nm->namb", blocks, torch.eye(n, dtype=blocks.dtype)).reshape(n * a, n * b)
+    return torch.einsum(
+        "nab,nm->namb", blocks, torch.eye(n, dtype=blocks.dtype, device=blocks.device)
+    ).reshape(n * a, n * b)
 
 
 _GROUPS: dict[str, type[Group]] = {MLP: Mlp, QK: QueryKey, VO: ValueOutput}

@@ -119,6 +119,19 @@ def test_pivots_are_the_largest_residual_diagonals() -> None:
         assert int(residual.diagonal().argmax()) == order[k]
 
 
+def test_pulling_a_gradient_through_a_weight() -> None:
+    """From G, or from what is kept of it for a tall layer; the two agree where G is a multiple of I."""
+    W, G = randn(9, 5, seed=13), moment(9, 14)
+    ridge = 0.01 * G.diagonal().mean() * torch.eye(9, dtype=torch.float64)
+    torch.testing.assert_close(linalg.pull(W, G, ridge=0.01), W.T @ (G + ridge) @ W, **CLOSE)
+    torch.testing.assert_close(linalg.pull(W), W.T @ W, **CLOSE)
+    torch.testing.assert_close(linalg.pull(W, pulled=W.T @ G @ W), W.T @ G @ W, **CLOSE)
+    white = linalg.pull(W, pulled=3 * W.T @ W, ridge=0.01)
+    torch.testing.assert_close(
+        white, linalg.pull(W, 3 * torch.eye(9, dtype=torch.float64), ridge=0.01), **CLOSE
+    )
+
+
 # Queries and keys -------------------------------------------------------------------------------------------
 
 
