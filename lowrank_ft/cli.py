@@ -17,16 +17,17 @@ from lowrank_ft.errors import LowRankError, did_you_mean
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model with an adapter in a form that other tools read."""
+    """Write a model, with an adapter or compressed, in a form that other tools read."""
 
     model: str
-    """The base model: a directory, or a name on the hub."""
-    adapter: str
-    """The adapter's directory, ours or PEFT's."""
+    """The base model: a directory, or a name on the hub; or a directory with a model that was compressed."""
     output: str
     """Directory to write."""
+    adapter: str | None = None
+    """The adapter's directory, ours or PEFT's; none for a compressed model."""
     format: str = "peft"
-    """"peft" (a LoRA for the unmodified base) or "dense" (the whole model, adapter folded in)."""
+    """"peft" (a LoRA for the unmodified base), "dense" (stock weights of the stock sizes, adapter folded in),
+    "hf-uniform" (a stock model with smaller MLPs) or "deci" (MLPs of several widths, as block_configs)."""
     dtype: str = "auto"
     """"auto" (as saved), "float32", "bfloat16" or "float16"."""
 
@@ -116,7 +117,7 @@ def _merge(args: Sequence[str]) -> None:
     _write(config.model, config.adapter, config.output, "dense", config.dtype)
 
 
-def _write(model: str, adapter: str, output: str, format: str, dtype: str) -> None:
+def _write(model: str, adapter: str | None, output: str, format: str, dtype: str) -> None:
     from lowrank_ft import checkpoint, models
 
     checkpoint.check_format(format)

@@ -127,12 +127,11 @@ def compress(config: CompressConfig) -> CompressResult:
         _run(stage, model, tokenizer, config)
         steps.append(measure(_describe(stage), model, corpora, config, time.perf_counter() - started))
         print(table(steps))
+    checkpoint.save(model, output / "model", tokenizer=tokenizer, figures=_figures(steps))
+    _check_size(model, output / "model")
     rows = [row for stage in engine.stages_of(model) for row in stage["layers changed"]]
     probe = next(iter(corpora.values()))[:1] if corpora else None
     layers = _with_measured_errors(rows, model, config, probe)
-
-    checkpoint.save(model, output / "model", tokenizer=tokenizer, figures=_figures(steps))
-    _check_size(model, output / "model")
     difference = None
     if config.check_reload and probe is not None:
         difference = verify.reload_difference(model, None, output / "model", {"input_ids": probe})
@@ -255,13 +254,17 @@ def _with_measured_errors(
 ) -> list[dict[str, Any]]:
     """Add the relative output error on held-out text, on the dense model's inputs, where it can be told.
 
-    It can for factors, and for MLPs, whose channels are some of the dense model's.
+    It can for factors of stock layers, and for MLPs, whose channels are some of the dense model's.
     """
     found: dict[str, float] = {}
+    now = stock_modules(model)
+    mlps = {row["layers"][-1] for row in rows if row["role"] == "mlp"}
     ours = {
         name: module
-        for name, module in stock_modules(model).items()
-        if isinstance(module, LowRank) or (isinstance(module, Resized) and module.columns is not None)
+        for name, module in now.items()
+        if isinstance(module, (LowRank, Resized))
+        and module.rows is None
+        and (module.columns is None or name in mlps)
     }
     if probe is not None and ours:
         dense, _ = models.load_causal_lm(config.model.path, config.model.dtype, "auto")
@@ -270,7 +273,7 @@ def _with_measured_errors(
         with torch.no_grad():
             dense.eval()(input_ids=probe.to(next(dense.parameters()).device))
     return [
-        {**row, "measured error": None if row["role"] == "v-o" else found.get(row["layers"][-1])}
+        {**row, "measured error": None if row["role"] in ("q-k", "v-o") else found.get(row["layers"][-1])}
         for row in rows
     ]
 

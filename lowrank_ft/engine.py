@@ -26,7 +26,7 @@ from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.modules.lowrank import LowRank
-from lowrank_ft.modules.replacement import Container
+from lowrank_ft.modules.replacement import Container, Replacement
 from lowrank_ft.modules.resized import Resized
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -461,6 +461,13 @@ def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False)
         if inside or around:
             raise TargetError(
                 f"{path} and {(inside + around)[0]} cannot both be adapted: one lies inside the other."
+            )
+        if isinstance(node, CopyNode) and any(
+            isinstance(part, Replacement) for part in modules[path].modules()
+        ):
+            raise TargetError(
+                f"{path} holds compressed layers, of which no trained copy can be saved: name layers outside "
+                f"them in modules_to_save."
             )
         host = taken.get(path)
         if host is not None and isinstance(host, Copied) is not isinstance(node, CopyNode):

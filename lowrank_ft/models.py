@@ -106,19 +106,24 @@ def _class_named(name: str) -> Any:
     return cls
 
 
-def load_any(path: str, adapter: str, dtype: str) -> tuple[nn.Module, Any]:
+def load_any(path: str, adapter: str | None, dtype: str) -> tuple[nn.Module, Any]:
     """Return the base model that an adapter was made for, with the adapter on it, and a tokenizer if any.
+
+    Without an adapter, the model in ``path`` as it was saved, compressed or not.
 
     Raises:
         ConfigError: a local path that is not there.
         CheckpointError: the adapter was made for a class that transformers does not have.
     """
     check_path(path)
-    base = checkpoint.base_of(Path(adapter))
-    cls = _class_named(base.get("class", "AutoModelForCausalLM"))
-    labels = label_options(base["labels"]) if base.get("labels") else {}
-    model = cls.from_pretrained(path, dtype=dtype_of(dtype), **labels)
-    checkpoint.load(model, adapter)
+    if adapter is None:
+        model = load_whole(path, dtype)
+    else:
+        base = checkpoint.base_of(Path(adapter))
+        cls = _class_named(base.get("class", "AutoModelForCausalLM"))
+        labels = label_options(base["labels"]) if base.get("labels") else {}
+        model = cls.from_pretrained(path, dtype=dtype_of(dtype), **labels)
+        checkpoint.load(model, adapter)
     try:
         return model, load_tokenizer(path)
     except (OSError, ValueError):

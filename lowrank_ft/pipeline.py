@@ -114,7 +114,7 @@ def _check(model: nn.Module, chosen: Sequence[Site]) -> None:
     shared = ties.shared(engine.stock_tensors(model))
     for site in chosen:
         for name, module in zip(site.names, site.modules, strict=True):
-            if isinstance(module, Replacement) and not isinstance(module, Resized):
+            if isinstance(module, Replacement) and not isinstance(module, (Resized, Container)):
                 raise StateError(
                     f"{name} is compressed already: exclude it, or start from the original model."
                 )
@@ -136,7 +136,8 @@ def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: P
     _warn_of_few_tokens(run, store)
     counts = count(run.model)
     shares = method.plan(run.chosen, store, counts)
-    journal = Journal(run, shares)
+    # What a loss of the caller's led to cannot be told from its name, so such a run starts anew.
+    journal = Journal(run, shares, run.root if loss is None else scratch)
     plan = list(zip(run.chosen, shares, strict=True))
     if not settings.sequential or not needs:
         facts = [
@@ -282,16 +283,17 @@ def _sequential(
 class Journal:
     """Finished layers on disk: a run that was killed goes on where it was, and ends with the same bits."""
 
-    def __init__(self, run: Run, shares: Sequence[Share]) -> None:
+    def __init__(self, run: Run, shares: Sequence[Share], root: Path) -> None:
         options = configs.to_dict(run.method.config)
         options["calibration"] = {**options["calibration"], "cache": None}  # a cache can be moved
         recipe = {
             "key": run.key,
             "method": run.method.name,
             "options": options,
+            "sites": [site.names for site in run.chosen],
             "ranks": [[share.rank, dict(share.ranks)] for share in shares],
         }
-        self.directory = run.root / f"journal-{_digest(recipe)}"
+        self.directory = root / f"journal-{_digest(recipe)}"
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, modules: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> None:
@@ -340,9 +342,13 @@ def count(model: nn.Module) -> Counts:
 def _key(model: nn.Module, batches: Sequence[Batch]) -> str:
     tensors = {k: t for k, t in engine.stock_tensors(model).items() if t.is_floating_point()}
     dtypes = sorted({str(t.dtype) for t in tensors.values()})
+    config: Any = getattr(model, "config", None)
+    options = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
+    apart = {"quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
     return _digest(
         {
             "model": base_model.digest(tensors),
+            "config": {name: value for name, value in options.items() if name not in apart},
             "dtypes": dtypes,
             "data": batching.fingerprint(batches),
         }
@@ -350,4 +356,4 @@ def _key(model: nn.Module, batches: Sequence[Batch]) -> str:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

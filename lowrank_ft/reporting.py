@@ -285,6 +285,9 @@ def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]
         figure, axes = pyplot.subplots(figsize=(7.5, 3.6), layout="constrained")
         for role in roles:
             draw(axes, role, [row for row in layers if row["role"] == role])
+        if not axes.has_data():  # nothing here has that property
+            pyplot.close(figure)
+            continue
         axes.set_xlabel(horizontal)
         axes.set_ylabel(vertical)
         axes.grid(alpha=0.3)

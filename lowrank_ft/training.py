@@ -47,7 +47,12 @@ class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
         """Put an adapter directory beside Trainer's files."""
         if args.should_save:
             directory = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter"
-            checkpoint.save(model, directory)
+            ignored = model.__dict__.pop("_keys_to_ignore_on_save", None)  # a compressed base is saved whole
+            try:
+                checkpoint.save(model, directory)
+            finally:
+                if ignored is not None:
+                    model._keys_to_ignore_on_save = ignored
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Let ``save_pretrained`` write everything again."""

@@ -469,6 +469,48 @@ def test_other_targets_gather_only_what_is_missing(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.safetensors")} == after
 
 
+def test_what_is_cached_belongs_to_a_config(tmp_path: Path) -> None:
+    """The same weights under another rotary base give other activations."""
+    settings: dict[str, Any] = {"ratio": 0.2, "align": 1, "data": [TINY["llama"].inputs()] * 3}
+
+    def weights(cache: Path | None, theta: float) -> dict[str, Tensor]:
+        model: Any = TINY["llama"].model()
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": theta}
+        other = type(model)(model.config)
+        other.load_state_dict(model.state_dict())
+        calibration = {"cache": None if cache is None else str(cache)}
+        return lowrank_ft.wrap(other.eval(), "lord", calibration=calibration, **settings).state_dict()
+
+    weights(tmp_path, 1e4)
+    cached, clean = weights(tmp_path, 10.0), weights(None, 10.0)
+    assert all(torch.equal(cached[key], clean[key]) for key in clean)
+
+
+def test_a_run_with_a_loss_of_its_own_leaves_no_layers_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(model: Any, batch: Any, output: Any) -> Tensor:
+        return 0.5 * collect.summed_loss(model, batch, output)
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"calibration": {"cache": str(tmp_path)}, "ratio": 0.2, "align": 1}
+    data = [TINY["llama"].inputs()] * 3
+    for loss, left in ((half, 0), (None, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "replace", killed)
+            with pytest.raises(KeyboardInterrupt):
+                lowrank_ft.wrap(TINY["llama"].model(), "lord", data=data, loss=loss, **settings)
+        assert len(list(tmp_path.glob("journal-*"))) == left
+    targets = ["q_proj", "down_proj"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lowrank_ft.wrap(TINY["llama"].model(), "lord", data=data, targets=targets, **settings)
+    assert len(list(tmp_path.glob("journal-*"))) == 2
+
+
 def test_more_gradients_are_not_fewer_from_the_cache(tmp_path: Path) -> None:
     """What is cached depends on all that it was computed from."""
     data = [TINY["llama"].inputs(), TINY["llama"].inputs()]

@@ -239,7 +239,7 @@ def fill(
         module.bias.copy_(bias)
     facts: dict[str, Any] = {
         "relative error": (found.error(module.rank) / found.total) ** 0.5 if found.total else 0.0,
-        "spectrum": _thinned((found.energies / found.total).tolist()) if found.total else [],
+        "spectrum": thinned(found.energies / found.total) if found.total else [],
     }
     if known is not None:
         facts["tokens"] = known.tokens
@@ -261,7 +261,7 @@ def size_of(layer: Layer) -> int:
     return layer.out_features * layer.in_features + (0 if layer.bias is None else layer.out_features)
 
 
-def _thinned(values: list[float], points: int = 64) -> list[float]:
-    """At most so many values, evenly spaced, for a plot."""
+def thinned(values: Tensor, points: int = 64) -> list[float]:
+    """Return at most so many values, evenly spaced, for a plot."""
     step = max(1, len(values) // points)
-    return [float(f"{value:.4g}") for value in values[::step]]
+    return [float(f"{value:.4g}") for value in values[::step].tolist()]

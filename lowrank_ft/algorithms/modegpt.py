@@ -207,11 +207,9 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         movable = {key: choices for key, choices in options.items() if key not in fixed}
         left = budget - sum(option.size for option in fixed.values())
         block_of = {s.name: layouts.block_index(s.names[0]) or 0 for s in sites if s.name in movable}
-        influence = {
-            block_of[s.name]: statistics[next(iter(s.layers))].influence or 0.0
-            for s in sites
-            if s.name in movable
-        }
+        influence = dict.fromkeys(block_of.values(), 0.0)
+        if not math.isinf(self.config.epsilon):
+            influence = {block_of[name]: _influence(name, statistics) for name in block_of}
         sizes = {block: sum(dense[key] for key in movable if block_of[key] == block) for block in influence}
         if left <= 0 or not sizes:
             raise ConfigError(
@@ -225,6 +223,16 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         keep = keep_by_entropy(influence, sizes, left, self.config.epsilon, least)
         chosen = uniform(movable, dense, left, {key: keep[block_of[key]] for key in movable})
         return {**fixed, **chosen}
+
+
+def _influence(name: str, statistics: Statistics) -> float:
+    found = statistics[name].influence
+    if found is None:
+        raise ConfigError(
+            f"The entropy rule goes by the blocks' influence, and the block of {name} has no influence: it "
+            f"is in no chain, or changes its input's shape. Share the budget by allocation='uniform'."
+        )
+    return found
 
 
 def same_width(
@@ -295,8 +303,9 @@ def keep_by_entropy(
     clipped = torch.zeros(len(blocks), dtype=torch.bool)
     while True:
         rest = remove - float((most * size)[clipped].sum())
-        scale = rest / max(float((weights * size)[~clipped].sum()), 1e-300)
-        phi = torch.where(clipped, most, scale * weights)
+        if not (weights * size)[~clipped].sum() > 0:  # a tiny ε leaves nothing but the clipped ones
+            weights = torch.ones_like(weights)
+        phi = torch.where(clipped, most, rest / (weights * size)[~clipped].sum() * weights)
         over = (phi > most) & ~clipped
         if not over.any():
             return dict(zip(blocks, (1 - phi).tolist(), strict=True))
@@ -435,6 +444,7 @@ class Mlp(Group):
         return {
             "relative error": math.sqrt(float(error[len(kept)]) / total) if total else 0.0,
             "output error": lord.output_error(weight, weight.index_add(1, kept, -refitted), C),
+            "spectrum": lord.thinned(-error.diff() / total) if total else [],  # what each channel adds
             "tokens": statistics[self.names[-1]].tokens,
             "ridge": root.ridge,
             "condition": root.condition,
@@ -465,9 +475,8 @@ class Heads(Group):
         self.width = int(self.attention.head_dim)
 
     def _attention_node(self) -> AttentionNode:
-        names = dict(zip(("q", "k") if self.site.role == QK else ("v", "o"), self.names, strict=True))
-        last = {part: name.rpartition(".")[2] for part, name in names.items()}
-        return replace(AttentionNode(), **last)
+        layout = layouts.LAYOUTS[self.attention.config.model_type]
+        return AttentionNode(layout.q, layout.k, layout.v, layout.o)
 
     def _with_attention(self, layers: dict[str, Node]) -> dict[str, Node]:
         return {self.site.names[0]: self._attention_node(), **layers}
@@ -665,6 +674,8 @@ class ValueOutput(Heads):
             N = V @ self.known(statistics, self.names[0]).C @ V.mT
         forward, backward = [], []
         for n, k in zip(N, K, strict=True):
+            if not n.trace() > 0:  # a head that was pruned: any basis will do
+                n = torch.eye(self.width, dtype=n.dtype, device=n.device)
             root = linalg.factor_spd(n)
             _, A = linalg.eigenpairs(root.lower.T @ k @ root.lower, self.width)
             forward.append(root.solve_transposed(A).T)

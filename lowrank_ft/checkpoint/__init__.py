@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank_ft import engine
 from lowrank_ft.checkpoint import files, native, peft, sized
-from lowrank_ft.errors import ConfigError, did_you_mean
+from lowrank_ft.errors import ConfigError, StateError, did_you_mean
 from lowrank_ft.manifest import replacements
 from lowrank_ft.modules.host import Host
 
@@ -48,6 +48,11 @@ def save(
     )
     if name is not None:
         engine.require_adapter(model, name)
+        if not only_adapters:
+            raise StateError(
+                f"The base is compressed, so the model is saved whole, with all its adapters: leave out "
+                f"name={name!r}, or delete_adapter() the others."
+            )
     if only_adapters:
         names = engine.adapter_names(model) if name is None else (name,)
         native.save_adapters(model, Path(dir), names, tokenizer, figures)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lowrank_ft.errors import StateError
 from lowrank_ft.manifest import Node
 from lowrank_ft.modules.replacement import Container
 from lowrank_ft.registry import register_node
@@ -52,6 +53,8 @@ class ResizedAttention(Container):
         self.node = node
         self._modules.update(stock._modules)
         shell = copy.copy(stock)  # attributes of the stock module, and none of its weights
+        for patched in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, bound to the stock module
+            shell.__dict__.pop(patched, None)
         shell._modules = dict.fromkeys(stock._modules)
         self.__dict__["_shell"] = shell
         self.train(stock.training)
@@ -82,6 +85,9 @@ class ResizedAttention(Container):
             attention_mask: what the model made for its attention backend.
             past_key_values: a cache; it holds keys and values of the reduced widths.
             **kwargs: handed to the attention backend, as the stock module does.
+
+        Raises:
+            StateError: attention weights are asked for.
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -102,8 +108,15 @@ class ResizedAttention(Container):
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, _eager
         )
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise StateError(
+                "transformers records attention weights by the class of the stock module, and would leave "
+                "out those of resized ones. Ask the dense model, or what export(model, dir, 'dense') writes."
+            )
         if hasattr(self, "sliding_window"):
             kwargs["sliding_window"] = self.sliding_window
+        elif self.config.model_type == "mistral":  # the one stock module that reads it off the config
+            kwargs["sliding_window"] = getattr(self.config, "sliding_window", None)
         dropout = getattr(self, "attention_dropout", getattr(self, "dropout", 0.0))
         out, weights = attend(
             self, query, key, value, attention_mask,
@@ -156,7 +169,7 @@ def _eager(
     """Attend by plain products, the softmax in float32, as transformers' own eager attention does."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = (query * scaling) @ key.transpose(2, 3)  # in this order float16 does not overflow
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)

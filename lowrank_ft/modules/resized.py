@@ -51,6 +51,7 @@ class Resized(Replacement, nn.Linear):
         rows: ``(out,)``, for each output the stock layer's that it stands for; None where it has all.
         columns: ``(in,)``, the same for inputs.
         kind: which kind of layer stood here.
+        had_bias: whether that had a bias.
         adds_bias: whether it has a bias where the stock layer had none.
     """
 
@@ -72,6 +73,7 @@ class Resized(Replacement, nn.Linear):
             index = None if mine == theirs else torch.arange(mine, device=like.device)
             self.register_buffer(name, index)
         self.stock_shape = (layer.out_features, layer.in_features)
+        self.had_bias = layer.bias is not None or getattr(stock, "had_bias", False)
         self.kind = layer.kind
         self.adds_bias = self.kind == "linear" and layer.bias is None and node.bias
         self.train(stock.training)
@@ -135,9 +137,8 @@ class Resized(Replacement, nn.Linear):
         columns = torch.arange(in_features, device=weight.device) if self.columns is None else self.columns
         matrix = weight.new_zeros(out_features, in_features)
         matrix[rows[:, None], columns] = weight
-        bias = None
-        if self.bias is not None:
-            bias = weight.new_zeros(out_features)
+        bias = weight.new_zeros(out_features) if self.had_bias or self.bias is not None else None
+        if bias is not None and self.bias is not None:
             bias[rows] = self.bias.detach()
         return stock_linear(self.kind, matrix, bias).requires_grad_(self._trains()).train(self.training)
 

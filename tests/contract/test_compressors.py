@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
 from lowrank_ft.manifest import describe
 from lowrank_ft.modules.lowrank import LowRankNode
 from lowrank_ft.pipeline import count
+from lowrank_ft.training import AdapterCheckpoint
 from tests.contract.cases import COMPRESSING, Case
 from tests.contract.test_contract import FLOAT64, assert_same_state, state
 from tests.tiny import TINY, logits, perturb
@@ -131,6 +133,39 @@ def test_lord_stacks_on_modegpt(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(reloaded, batch), adapted, **FLOAT64)
     with pytest.raises((TargetError, StateError), match="already"):
         lowrank_ft.wrap(model, "modegpt", ratio=0.1, data=data)
+
+
+def test_adapters_on_what_was_compressed_go_where_they_can(tmp_path: Path) -> None:
+    case = Case("modegpt", "llama")
+    model = case.tiny.model()
+    lowrank_ft.wrap(model, "modegpt", recipe="paper", ratio=0.2, align=1, data=case.data())
+    before = state(model)
+    for module in ("mlp", "self_attn"):
+        with pytest.raises(TargetError, match="holds compressed layers, of which no trained copy"):
+            lowrank_ft.wrap(model, "lora", rank=2, targets="lm_head", modules_to_save=(module,))
+    assert_same_state(model, before)
+    lowrank_ft.wrap(model, "lora", rank=2)
+    lowrank_ft.wrap(model, "lora", rank=2, name="second")
+    with pytest.raises(StateError, match=r"PEFT form is an adapter on the unmodified base, and .* is comp"):
+        lowrank_ft.export(model, tmp_path / "peft", "peft")
+    with pytest.raises(StateError, match="saved whole, with all its adapters: leave out name='second'"):
+        lowrank_ft.save(model, tmp_path / "one", name="second")
+
+
+def test_a_recovery_s_checkpoint_is_whole(tmp_path: Path) -> None:
+    """The base of an adapter on a compressed model is nowhere else."""
+    from transformers import TrainingArguments
+
+    case = Case("modegpt", "llama")
+    model = lowrank_ft.wrap(case.tiny.model(), "modegpt", ratio=0.2, align=1, data=case.data())
+    perturb(lowrank_ft.wrap(model, "lora", rank=2))
+    callback, args = AdapterCheckpoint(), TrainingArguments(str(tmp_path))
+    callback.on_init_end(args, None, None, model=model)
+    ignored = model._keys_to_ignore_on_save
+    callback.on_save(args, SimpleNamespace(global_step=3), None, model=model)
+    assert model._keys_to_ignore_on_save == ignored
+    reloaded = type(model).from_pretrained(tmp_path / "checkpoint-3" / "adapter")
+    assert torch.equal(logits(reloaded, case.tiny.inputs()), logits(model, case.tiny.inputs()))
 
 
 @every_case

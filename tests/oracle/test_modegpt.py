@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowrank_ft
@@ -25,10 +26,11 @@ from lowrank_ft.algorithms.modegpt import (
 )
 from lowrank_ft.allocation import Option, allocate, combined
 from lowrank_ft.calibration.statistics import SiteStatistics
-from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.errors import ConfigError, StateError, TargetError
 from lowrank_ft.modules.attention import AttentionNode, ResizedAttention
 from lowrank_ft.modules.resized import Resized, ResizedNode
 from lowrank_ft.sites import Site, select
+from tests.contract.cases import Case
 from tests.tiny import TINY, logits
 
 PAPER, LOSS = MoDeGPT(recipe="paper"), MoDeGPT()
@@ -481,6 +483,103 @@ def test_combined_options_are_the_hull_of_all_combinations() -> None:
     chosen = allocate({"group": found}, 41)["group"]
     assert chosen.size <= 41
     assert chosen.size == sum(3 * r for r in chosen.ranks.values()) + 20 * (3 - len(chosen.ranks))
+
+
+def test_a_tiny_temperature_still_meets_the_budget() -> None:
+    influence, sizes = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.5}, dict.fromkeys(range(4), 1000)
+    keep = keep_by_entropy(influence, sizes, 1500, 1e-4, dict.fromkeys(range(4), 100))
+    assert sum(1000 * share for share in keep.values()) == pytest.approx(1500)
+
+
+# A whole run ------------------------------------------------------------------------------------------------
+
+
+def calibrated(name: str, targets: Any = "all-linear", **options: Any) -> Any:
+    model = TINY[name].model(torch.float64)
+    data = Case("modegpt", name).data(torch.float64)
+    return lowrank_ft.wrap(model, "modegpt", data=data, align=1, targets=targets, **options)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_queries_and_keys_alone(sequential: bool) -> None:
+    """OPT's output projection has another name, which the module must know though it stays dense."""
+    calibration = {"sequential": sequential}
+    model = calibrated("opt", ["q_proj", "k_proj"], recipe="paper", ratio=0.05, calibration=calibration)
+    assert isinstance(model.model.decoder.layers[0].self_attn, ResizedAttention)
+    assert torch.isfinite(logits(model, TINY["opt"].inputs())).all()
+    whole = calibrated("opt", recipe="paper", ratio=0.2, calibration=calibration)
+    assert torch.isfinite(logits(whole, TINY["opt"].inputs())).all()
+
+
+def test_values_may_follow_in_a_second_call(tmp_path: Any) -> None:
+    model = calibrated("llama", ["q_proj", "k_proj"], recipe="paper", ratio=0.05)
+    data = Case("modegpt", "llama").data(torch.float64)
+    lowrank_ft.wrap(
+        model, "modegpt", recipe="paper", ratio=0.05, align=1, data=data, targets=["v_proj", "o_proj"]
+    )
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention.k_proj, Resized)
+    assert isinstance(attention.v_proj, Resized)
+    lowrank_ft.save(model, tmp_path / "model")
+    reloaded = type(model).from_pretrained(tmp_path / "model", dtype=torch.float64)
+    batch = TINY["llama"].inputs()
+    assert torch.equal(logits(copy.deepcopy(reloaded), batch), logits(model, batch))
+
+
+def test_a_head_that_was_pruned_is_no_obstacle() -> None:
+    model = TINY["llama"].model(torch.float64)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[:8] = 0
+    data = Case("modegpt", "llama").data(torch.float64)
+    for options in ({"recipe": "paper"}, {"low_rank": False}):
+        twin = lowrank_ft.wrap(copy.deepcopy(model), "modegpt", ratio=0.3, align=1, data=data, **options)
+        assert torch.isfinite(logits(twin, TINY["llama"].inputs())).all()
+
+
+def test_every_bias_of_the_stock_model_is_in_the_dense_export(tmp_path: Any) -> None:
+    model = calibrated("opt", recipe="paper", ratio=0.3)
+    lowrank_ft.export(model, tmp_path / "dense", "dense")
+    keys = load_file(tmp_path / "dense" / "model.safetensors").keys()
+    TINY["opt"].model().save_pretrained(tmp_path / "stock")
+    assert keys == load_file(tmp_path / "stock" / "model.safetensors").keys()
+
+
+def test_the_entropy_rule_needs_blocks() -> None:
+    with pytest.raises(ConfigError, match="has no influence.*allocation='uniform'"):
+        calibrated("convnext", recipe="paper", ratio=0.1)
+    assert calibrated("convnext", recipe="paper", allocation="uniform", ratio=0.1) is not None
+
+
+def test_attention_weights_are_refused_not_lost() -> None:
+    cut, _ = sliced("llama", queries=True, values=False)
+    cut.set_attn_implementation("eager")
+    with pytest.raises(StateError, match="attention weights by the class of the stock module"):
+        cut(**TINY["llama"].inputs(), output_attentions=True)
+
+
+def test_mistral_s_window_reaches_the_backend() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen: list[Any] = []
+
+    def spy(module: Any, *tensors: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("sliding_window"))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **kwargs)
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=96, num_key_value_heads=2, head_dim=8, sliding_window=4, **sizes)
+    )
+    attention = model.model.layers[0].self_attn
+    model.model.layers[0].self_attn = AttentionNode().build(attention)
+    ALL_ATTENTION_FUNCTIONS["spy"] = spy
+    try:
+        model.config._attn_implementation = "spy"
+        model(**TINY["llama"].inputs())
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["spy"]
+    assert seen == [4]
 
 
 # What cannot be done ----------------------------------------------------------------------------------------

@@ -101,12 +101,32 @@ def test_a_recipe_that_calibrates_on_nothing_is_refused(recipe: dict[str, Any], 
         run({**recipe, "data": str(empty)}, tmp_path / "recipe.yaml")
 
 
+def test_compressors_in_a_row(recipe: dict[str, Any], tmp_path: Path) -> None:
+    first = {**recipe["stages"][0], "method": "modegpt", "recipe": "paper", "ratio": 0.15}
+    report = run({**recipe, "stages": [first, recipe["stages"][0]]}, tmp_path / "recipe.yaml")
+    assert [step["stage"] for step in report["steps"]] == ["dense", "modegpt 15%", "lord 25%"]
+    assert report["reload_difference"] == 0.0
+
+
+def test_smaller_mlps_for_any_tool(recipe: dict[str, Any], tmp_path: Path) -> None:
+    stage = {**recipe["stages"][0], "method": "modegpt", "allocation": "uniform", "ratio": 0.1, "align": 4}
+    report = run(
+        {**recipe, "stages": [stage], "targets": ["gate_proj", "up_proj", "down_proj"]}, tmp_path / "r"
+    )
+    directory = str(tmp_path / "out" / "model")
+    cli.main(["export", "--model", directory, "--output", str(tmp_path / "small"), "--format", "hf-uniform"])
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert not hasattr(small.config, "quantization_config")
+    assert count(small).total == report["steps"][-1]["parameters"]["total"]
+
+
 def test_speed_of_the_export(recipe: dict[str, Any], tmp_path: Path) -> None:
     """`export --format dense` of the compressed model is stock, and computes the same."""
     recipe["stages"] = recipe["stages"][:1]
     run(recipe, tmp_path / "recipe.yaml")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
-    lowrank_ft.export(model, tmp_path / "dense", "dense")
+    directory = str(tmp_path / "out" / "model")
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    cli.main(["export", "--model", directory, "--output", str(tmp_path / "dense"), "--format", "dense"])
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     ids = torch.arange(3, 13)[None]
     # One float32 product in place of two, in 14 layers: rounding of 1e-7 relative, amplified a little.
