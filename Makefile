@@ -16,6 +16,7 @@ test: assets lint
 	$(BIN)/python -m pytest -n 2 -q -m "not slow and not gpu"
 
 test-slow: assets
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m pytest -q -m slow
 
 lint: setup

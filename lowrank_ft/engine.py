@@ -391,7 +391,8 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
     if extra:
         raise StateError(
             f"{extra[0]} has a bias that a stock {type(model).__name__} cannot hold ({len(extra)} such "
-            f"layers). Compress with centered=None, which adds none, or leave the layer out."
+            f"layers): it came with centered=True, or with the values' bias folded into the output. Compress "
+            f"without the one, or leave the value and output projections out."
         )
     with instead(model, {name: module.dense() for name, module in found.items()}):
         yield

@@ -34,6 +34,8 @@ from lowrank_ft.modules.replacement import Container, Replacement
 from lowrank_ft.modules.resized import Resized
 from lowrank_ft.sites import Site, stock_modules
 
+_SCHEMA = 2  # of what the cache holds: a change there makes earlier caches unknown, not incomplete
+
 
 @dataclass
 class Run:
@@ -347,6 +349,7 @@ def _key(model: nn.Module, batches: Sequence[Batch]) -> str:
     apart = {"quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
     return _digest(
         {
+            "schema": _SCHEMA,
             "model": base_model.digest(tensors),
             "config": {name: value for name, value in options.items() if name not in apart},
             "dtypes": dtypes,

@@ -55,6 +55,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRD, by loss, then LoRA": {"method": "lord"},
     "MoDeGPT, the paper": {"method": "modegpt", "recipe": "paper"},
     "MoDeGPT, the paper, MLP only": {"method": "modegpt", "recipe": "paper", "targets": MLP},
+    "MoDeGPT, uniform": {"method": "modegpt", "recipe": "paper", "epsilon": math.inf},
+    "MoDeGPT, uniform, MLP only": {
+        "method": "modegpt",
+        "recipe": "paper",
+        "epsilon": math.inf,
+        "targets": MLP,
+    },
     "MoDeGPT, by loss": {"method": "modegpt"},
     "MoDeGPT, by loss, MLP only": {"method": "modegpt", "low_rank": False, "targets": MLP},
     "MoDeGPT, by loss, no factors": {"method": "modegpt", "low_rank": False},
@@ -95,10 +102,12 @@ def rows(suite: str) -> Iterator[Row]:
         yield Row(paper, ratio)
         yield Row(ours, ratio)
         yield Row(published, ratio)
+        yield Row("MoDeGPT, uniform", ratio)
     yield Row(f"{ours}, then LoRA", 0.2)
     yield Row(f"{ours}, then longer LoRA", 0.2)
     for ratio in (0.3, 0.2, 0.4):
         yield Row(f"{published}, MLP only", ratio)
+        yield Row("MoDeGPT, uniform, MLP only", ratio)
         yield Row(f"{ours}, MLP only", ratio)
     for draw in (1, 2):
         yield Row(ours, 0.3, draw)
@@ -260,7 +269,7 @@ def by_ratio(done: list[dict[str, Any]], name: str) -> str:
     ratios = sorted({row["ratio"] for row in done} - {0.0})
     lines = []
     for method in OPTIONS:
-        mine = [row for row in done if row["method"] == method]
+        mine = sorted((row for row in done if row["method"] == method), key=lambda row: row["draw"])
         if not mine:
             continue
         line = {"": method}

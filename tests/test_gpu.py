@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lowrank_ft
+from tests.contract.cases import Case
 from tests.tiny import TINY, logits, perturb
 
 pytestmark = pytest.mark.gpu
@@ -59,3 +61,28 @@ def test_autocast(dtype: torch.dtype) -> None:
     loss.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=2**-7)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("lord", {}), ("modegpt", {}), ("modegpt", {"recipe": "paper"}), ("modegpt", {"low_rank": False})],
+)
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "gemma3", "gpt2"])
+def test_compression_where_the_model_is(
+    name: str, method: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Statistics are gathered and solved on the GPU; what comes out is there, and reloads to the bit."""
+    model, batch = on_gpu(name, dtype)
+    data = Case(method, name).data(dtype)
+    lowrank_ft.wrap(model, method, ratio=0.3, align=1, data=data, **options)
+    assert {t.device.type for t in model.state_dict().values()} == {"cuda"}
+    lowrank_ft.save(model, tmp_path / "model")
+    reloaded = type(model).from_pretrained(tmp_path / "model", dtype=dtype).cuda().eval()
+    assert torch.equal(logits(reloaded, batch), logits(model, batch))
+    ids = batch["input_ids"]
+    both = [
+        model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=c, pad_token_id=0)  # type: ignore[operator]
+        for c in (True, False)
+    ]
+    assert dtype != torch.float32 or torch.equal(*both)
