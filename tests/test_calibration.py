@@ -410,7 +410,7 @@ for cache, stop in stops:
     if child == 0:
         run(cache, f"{cache}.pt", stop)
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # or forks print it again
 """
 
 
