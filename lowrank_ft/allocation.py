@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from lowrank_ft.errors import ConfigError
 
@@ -122,6 +125,83 @@ def uniform(
                 left -= step.size - chosen[name].size
                 chosen[name], moved = step, True
     return chosen
+
+
+def same_width(
+    options: Mapping[str, Sequence[Option]], kinds: Mapping[str, str], budget: int
+) -> dict[str, Option]:
+    """Give every module of a kind the same width: the largest share of widths that fits the budget.
+
+    What is left of the budget would widen some modules and not others, and is not spent.
+
+    Args:
+        options: for each module, at its own size and at smaller widths.
+        kinds: the modules' kinds, by name.
+        budget: what the sizes may add up to.
+
+    Raises:
+        ConfigError: the smallest widths are above the budget.
+    """
+    smaller = {name: sorted(o.rank for o in choices if o.rank) for name, choices in options.items()}
+    widths = {kind: next((smaller[n] for n in kinds if kinds[n] == kind), []) for kind in kinds.values()}
+    steps = sorted({(i + 1) / (len(w) + 1) for w in widths.values() for i in range(len(w))}, reverse=True)
+    for share in (1.0, *steps):
+        chosen = {}
+        for name, choices in options.items():
+            kept = math.floor(share * (len(smaller[name]) + 1) + 1e-9)
+            by_rank = {option.rank: option for option in choices}
+            whole = kept > len(smaller[name])
+            fixed = whole or not smaller[name]
+            chosen[name] = by_rank[None if fixed else smaller[name][max(kept, 1) - 1]]
+        if sum(option.size for option in chosen.values()) <= budget:
+            return chosen
+    raise ConfigError(
+        f"The budget of {budget:,} is below the least that these modules can have. Ask for a lower ratio."
+    )
+
+
+def keep_by_entropy(
+    influence: Mapping[int, float],
+    sizes: Mapping[int, int],
+    budget: int,
+    epsilon: float,
+    least: Mapping[int, int],
+) -> dict[int, float]:
+    """Return the share that each block keeps: ``1 − c · softmax(−s/ε)``, with c such that the budget is met.
+
+    The paper's equation 10, ``φ = L φ̄ softmax(−s/ε)``, can ask a block for more than it has; what is cut off
+    there is asked of the others.
+
+    Args:
+        influence: s by block.
+        sizes: parameters by block.
+        budget: what all blocks together may keep.
+        epsilon: temperature.
+        least: what each block keeps at the least.
+
+    Raises:
+        ConfigError: the budget is below the sum of ``least``.
+    """
+    blocks = list(sizes)
+    weights = torch.softmax(-torch.tensor([influence[b] for b in blocks], dtype=torch.float64) / epsilon, 0)
+    size = torch.tensor([float(sizes[b]) for b in blocks], dtype=torch.float64)
+    most = 1 - torch.tensor([least[b] / sizes[b] for b in blocks], dtype=torch.float64)
+    remove = float(size.sum()) - budget
+    if remove > float((most * size).sum()):
+        raise ConfigError(
+            f"The budget of {budget:,} is below {sum(least.values()):,}, the least that these modules can "
+            f"have. Ask for a lower ratio."
+        )
+    clipped = torch.zeros(len(blocks), dtype=torch.bool)
+    while True:
+        rest = remove - float((most * size)[clipped].sum())
+        if not (weights * size)[~clipped].sum() > 0:  # a tiny ε leaves nothing but the clipped ones
+            weights = torch.ones_like(weights)
+        phi = torch.where(clipped, most, rest / (weights * size)[~clipped].sum() * weights)
+        over = (phi > most) & ~clipped
+        if not over.any():
+            return dict(zip(blocks, (1 - phi).tolist(), strict=True))
+        clipped |= over
 
 
 def _hull(choices: Sequence[Option]) -> list[Option]:

@@ -266,6 +266,12 @@ def hosts(model: nn.Module) -> dict[str, Host]:
     return {name: module for name, module in replacements(model).items() if isinstance(module, Host)}
 
 
+def compressed(model: nn.Module) -> list[str]:
+    """Return the modules of which no stock one is left: replaced by more than a host of adapters."""
+    found = replacements(model).items()
+    return [n for n, m in found if not isinstance(m, Host) or m.base_node().kind != "dense"]
+
+
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters on a model, in the order they came."""
     return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.parts))
@@ -373,11 +379,6 @@ def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     ties.rename(model)
 
 
-def put_back(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
-    """Undo :func:`replace`, whatever part of it was done."""
-    replace(model, originals)
-
-
 @contextmanager
 def multiplied_out(model: nn.Module) -> Iterator[None]:
     """Run the block with a stock layer of the stock size in the place of each compressed one.
@@ -385,8 +386,8 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: a bias where the stock model has none.
     """
-    compressed = (LowRank, Resized, Container)
-    found = {name: module for name, module in replacements(model).items() if isinstance(module, compressed)}
+    kinds = (LowRank, Resized, Container)
+    found = {name: module for name, module in replacements(model).items() if isinstance(module, kinds)}
     extra = [name for name, module in found.items() if getattr(module, "adds_bias", False)]
     if extra:
         raise StateError(
@@ -408,7 +409,7 @@ def instead(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        put_back(model, before)
+        replace(model, before)
         _write_config(model)
 
 

@@ -73,48 +73,43 @@ class Layout:
         up: the layer into the MLP.
         down: the layer out of it.
         gate: the layer whose activation multiplies ``up``'s output, if there is one.
-        gated_up: whether ``up`` holds gate and up, one above the other.
         attention: the module that attends; empty where its heads cannot be resized here.
         q, k, v, o: its projections.
         rotary: whether positions turn pairs of dimensions of queries and keys.
-        why: why its heads cannot be resized here.
         width: the option of the family's config that holds the width of all MLPs; empty where none does.
     """
 
     up: str
     down: str
     gate: str = ""
-    gated_up: bool = False
     attention: str = ""
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
     rotary: bool = True
-    why: str = ""
     width: str = "intermediate_size"
 
 
 _LLAMA = Layout("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", attention="self_attn")
-_FUSED = "its queries, keys and values come from one matrix"
-_ENCODER = "an encoder's attention has another forward"
-_BERT = Layout("intermediate.dense", "output.dense", why=_ENCODER)
+_BERT = Layout("intermediate.dense", "output.dense")
 
-# One row for each `model_type` whose MLP and attention can be taken apart.
+# One row for each `model_type` whose MLP and attention can be taken apart. Heads cannot be resized where
+# queries, keys and values come from one matrix, or where attention is an encoder's, with another forward.
 LAYOUTS: dict[str, Layout] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma3_text": _LLAMA,
-    "phi3": Layout("mlp.gate_up_proj", "mlp.down_proj", gated_up=True, why=_FUSED),
+    "phi3": Layout("mlp.gate_up_proj", "mlp.down_proj"),  # gate and up in one matrix, and so q, k and v
     "opt": Layout("fc1", "fc2", attention="self_attn", o="out_proj", rotary=False, width="ffn_dim"),
-    "gpt2": Layout("mlp.c_fc", "mlp.c_proj", why=_FUSED, width="n_inner"),
+    "gpt2": Layout("mlp.c_fc", "mlp.c_proj", width="n_inner"),  # q, k and v in one matrix
     "bert": _BERT,
     "roberta": _BERT,
-    "vit": Layout("mlp.fc1", "mlp.fc2", why=_ENCODER),
+    "vit": Layout("mlp.fc1", "mlp.fc2"),
     "convnext": Layout("pwconv1", "pwconv2", width=""),
-    "dinov2": Layout("mlp.fc1", "mlp.fc2", why=_ENCODER, width=""),
+    "dinov2": Layout("mlp.fc1", "mlp.fc2", width=""),
 }
 
 

@@ -114,7 +114,7 @@ def factor_spd(matrix: Tensor, ridge: float = 0.0) -> Root:
     if mean <= 0:
         raise ConfigError("A second moment is zero: no data reached the layer.")
     for step in (ridge, *(r for r in RIDGES if r > ridge)):
-        lower, failed = torch.linalg.cholesky_ex(_with_ridge(matrix, step * mean))
+        lower, failed = torch.linalg.cholesky_ex(with_ridge(matrix, step * mean))
         if not failed:
             return Root(lower, step, "cholesky", _condition(lower))
     values, vectors = torch.linalg.eigh(matrix)
@@ -124,7 +124,8 @@ def factor_spd(matrix: Tensor, ridge: float = 0.0) -> Root:
     return Root(lower, floor / mean, "eigh", _condition(lower))
 
 
-def _with_ridge(matrix: Tensor, amount: float) -> Tensor:
+def with_ridge(matrix: Tensor, amount: float) -> Tensor:
+    """Return ``M + amount · I``, in new memory."""
     shifted = matrix.clone()
     shifted.diagonal().add_(amount)
     return shifted
@@ -255,11 +256,7 @@ def decompose(
         raise ConfigError("Wᵀ G W stands for G only where a layer has more outputs than inputs.")
     root = None
     if tall:
-        if pulled is None:
-            pulled = W.T @ W if G is None else W.T @ (G @ W)
-        elif ridge:
-            pulled = pulled + ridge * _mean_gradient(pulled, W) * (W.T @ W)
-        gram = pulled
+        gram = pull(W, G, pulled, ridge if G is None else 0.0)  # a G at hand is not factored, and needs none
         if C is not None:
             root = factor_spd(torch.diag(C) if C.dim() == 1 else C)
             gram = root.lower.T @ (gram @ root.lower)
@@ -288,7 +285,9 @@ def pull(weight: Tensor, G: Tensor | None = None, pulled: Tensor | None = None, 
         return weight.T @ weight
     if pulled is None:
         assert G is not None
-        return weight.T @ (_with_ridge(G, ridge * float(G.diagonal().mean())) @ weight)
+        return weight.T @ (with_ridge(G, ridge * float(G.diagonal().mean())) @ weight)
+    if not ridge:
+        return pulled
     return pulled + ridge * _mean_gradient(pulled, weight) * (weight.T @ weight)
 
 
@@ -319,7 +318,7 @@ def leverage_scores(C: Tensor, ridge: float = 1.0) -> Tensor:
         ``(n,)``, in [0, 1).
     """
     amount = ridge * float(C.diagonal().mean())
-    half = factor_spd(_with_ridge(C, amount)).solve(torch.eye(len(C), dtype=C.dtype, device=C.device))
+    half = factor_spd(with_ridge(C, amount)).solve(torch.eye(len(C), dtype=C.dtype, device=C.device))
     return (1 - amount * half.square().sum(0)).clamp(0, 1)
 
 

@@ -277,7 +277,7 @@ def _sequential(
     try:
         collect.inputs(run.model, run.chain, run.modules, run.batches, fresh, after)
     except BaseException:
-        engine.put_back(run.model, originals)
+        engine.replace(run.model, originals)  # whatever part of it was replaced
         raise
     return [row for number in range(len(plan)) for row in rows[number]]
 

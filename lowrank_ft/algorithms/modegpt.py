@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from lowrank_ft import layouts, linalg
 from lowrank_ft.algorithms import lord
 from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
-from lowrank_ft.allocation import Option, allocate, combined, uniform
+from lowrank_ft.allocation import Option, allocate, combined, keep_by_entropy, same_width, uniform
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.layouts import Layout
 from lowrank_ft.manifest import Node
 from lowrank_ft.modules.attention import AttentionNode
 from lowrank_ft.modules.layer import Layer, layer_of
-from lowrank_ft.modules.lowrank import LowRank, LowRankNode, supports_low_rank
+from lowrank_ft.modules.lowrank import LowRank, low_rank_node, supports_low_rank
 from lowrank_ft.modules.resized import Resized, ResizedNode
 from lowrank_ft.registry import register_method
 from lowrank_ft.sites import Site, stock_modules
@@ -157,7 +157,8 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         if share.rank is None:
             layers = {name: layer_of(module) for name, module in site.layers.items()}
             return {
-                name: LowRankNode(rank, layers[name].bias is not None) for name, rank in share.ranks.items()
+                name: low_rank_node(layers[name], rank, layers[name].bias is not None)
+                for name, rank in share.ranks.items()
             }
         return _GROUPS[site.role](site).structure(share.rank)
 
@@ -167,8 +168,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
             facts = {}
             for name, module in new.items():
                 layer, known = layer_of(site.layers[name]), statistics[name]
-                centers = lord.centers(layer)
-                found = lord.decompose(layer, known, by_loss=True, centers=centers)
+                found, centers = _decomposed(layer, known)
                 facts[name] = lord.fill(cast(LowRank, module), layer, known, found, centers=centers)
             return facts
         return _GROUPS[site.role](site).fill(new, statistics, self.config)
@@ -186,9 +186,8 @@ class MoDeGPTMethod(Method[MoDeGPT]):
     def _factored(self, site: Site, statistics: Statistics) -> list[Option]:
         layers = {}
         for name, module in site.layers.items():
-            layer, known = layer_of(module), statistics[name]
-            centers = lord.centers(layer)
-            found = lord.decompose(layer, known, by_loss=True, centers=centers)
+            layer = layer_of(module)
+            found, centers = _decomposed(layer, statistics[name])
             layers[name] = lord.rank_options(
                 layer, found, centers=centers, align=self.config.align, min_saving=0.0
             )
@@ -225,6 +224,12 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         return {**fixed, **chosen}
 
 
+def _decomposed(layer: Layer, known: SiteStatistics) -> tuple[linalg.Decomposition, bool]:
+    """A layer as LoRD by loss decomposes it, and whether its bias takes the mean."""
+    centers = lord.centers(layer)
+    return lord.decompose(layer, known, by_loss=True, centers=centers), centers
+
+
 def _influence(name: str, statistics: Statistics) -> float:
     found = statistics[name].influence
     if found is None:
@@ -233,83 +238,6 @@ def _influence(name: str, statistics: Statistics) -> float:
             f"is in no chain, or changes its input's shape. Share the budget by allocation='uniform'."
         )
     return found
-
-
-def same_width(
-    options: Mapping[str, Sequence[Option]], kinds: Mapping[str, str], budget: int
-) -> dict[str, Option]:
-    """Give every module of a kind the same width: the largest share of widths that fits the budget.
-
-    What is left of the budget would widen some modules and not others, and is not spent.
-
-    Args:
-        options: for each module, at its own size and at smaller widths.
-        kinds: the modules' kinds, by name.
-        budget: what the sizes may add up to.
-
-    Raises:
-        ConfigError: the smallest widths are above the budget.
-    """
-    smaller = {name: sorted(o.rank for o in choices if o.rank) for name, choices in options.items()}
-    widths = {kind: next((smaller[n] for n in kinds if kinds[n] == kind), []) for kind in kinds.values()}
-    steps = sorted({(i + 1) / (len(w) + 1) for w in widths.values() for i in range(len(w))}, reverse=True)
-    for share in (1.0, *steps):
-        chosen = {}
-        for name, choices in options.items():
-            kept = math.floor(share * (len(smaller[name]) + 1) + 1e-9)
-            by_rank = {option.rank: option for option in choices}
-            whole = kept > len(smaller[name])
-            fixed = whole or not smaller[name]
-            chosen[name] = by_rank[None if fixed else smaller[name][max(kept, 1) - 1]]
-        if sum(option.size for option in chosen.values()) <= budget:
-            return chosen
-    raise ConfigError(
-        f"The budget of {budget:,} is below the least that these modules can have. Ask for a lower ratio."
-    )
-
-
-def keep_by_entropy(
-    influence: Mapping[int, float],
-    sizes: Mapping[int, int],
-    budget: int,
-    epsilon: float,
-    least: Mapping[int, int],
-) -> dict[int, float]:
-    """Return the share that each block keeps: ``1 − c · softmax(−s/ε)``, with c such that the budget is met.
-
-    The paper's equation 10, ``φ = L φ̄ softmax(−s/ε)``, can ask a block for more than it has; what is cut off
-    there is asked of the others.
-
-    Args:
-        influence: s by block.
-        sizes: parameters by block.
-        budget: what all blocks together may keep.
-        epsilon: temperature.
-        least: what each block keeps at the least.
-
-    Raises:
-        ConfigError: the budget is below the sum of ``least``.
-    """
-    blocks = list(sizes)
-    weights = torch.softmax(-torch.tensor([influence[b] for b in blocks], dtype=torch.float64) / epsilon, 0)
-    size = torch.tensor([float(sizes[b]) for b in blocks], dtype=torch.float64)
-    most = 1 - torch.tensor([least[b] / sizes[b] for b in blocks], dtype=torch.float64)
-    remove = float(size.sum()) - budget
-    if remove > float((most * size).sum()):
-        raise ConfigError(
-            f"The budget of {budget:,} is below {sum(least.values()):,}, the least that these modules can "
-            f"have. Ask for a lower ratio."
-        )
-    clipped = torch.zeros(len(blocks), dtype=torch.bool)
-    while True:
-        rest = remove - float((most * size)[clipped].sum())
-        if not (weights * size)[~clipped].sum() > 0:  # a tiny ε leaves nothing but the clipped ones
-            weights = torch.ones_like(weights)
-        phi = torch.where(clipped, most, rest / (weights * size)[~clipped].sum() * weights)
-        over = (phi > most) & ~clipped
-        if not over.any():
-            return dict(zip(blocks, (1 - phi).tolist(), strict=True))
-        clipped |= over
 
 
 # Groups -----------------------------------------------------------------------------------------------------
@@ -474,12 +402,11 @@ class Heads(Group):
         self.attention = cast(Any, site.modules[0])
         self.width = int(self.attention.head_dim)
 
-    def _attention_node(self) -> AttentionNode:
-        layout = layouts.LAYOUTS[self.attention.config.model_type]
-        return AttentionNode(layout.q, layout.k, layout.v, layout.o)
+        self.layout = layouts.LAYOUTS[self.attention.config.model_type]
 
     def _with_attention(self, layers: dict[str, Node]) -> dict[str, Node]:
-        return {self.site.names[0]: self._attention_node(), **layers}
+        node = AttentionNode(self.layout.q, self.layout.k, self.layout.v, self.layout.o)
+        return {self.site.names[0]: node, **layers}
 
 
 class QueryKey(Heads):
@@ -493,7 +420,7 @@ class QueryKey(Heads):
         self.q, self.k = self.layers
         self.key_heads = self.k.out_features // self.width
         self.group = self.q.out_features // self.k.out_features
-        self.unit = 2 if layouts.LAYOUTS[self.attention.config.model_type].rotary else 1
+        self.unit = 2 if self.layout.rotary else 1
         self.units = self.width // self.unit
 
     def structure(self, rank: int) -> dict[str, Node]:
@@ -502,7 +429,7 @@ class QueryKey(Heads):
         return self._with_attention({self.names[0]: q, self.names[1]: k})
 
     def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
-        if config.recipe == "loss" and any(statistics[name].G is None for name in self.names):
+        if config.recipe == "loss" and any(layer.out_features > layer.in_features for layer in self.layers):
             return []  # more outputs than inputs: the gradient's moments by row were not kept
         order, H = self._order(statistics, config)
         step = max(self.unit, min(config.align, self.width) // self.unit * self.unit)
@@ -559,9 +486,7 @@ class QueryKey(Heads):
     @staticmethod
     def _gradient(known: SiteStatistics) -> Tensor:
         assert known.G is not None
-        G = known.G.clone()
-        G.diagonal().add_(lord.GRADIENT_RIDGE * float(G.diagonal().mean()))
-        return G
+        return linalg.with_ridge(known.G, lord.GRADIENT_RIDGE * float(known.G.diagonal().mean()))
 
     def _by_unit(self, matrix: Tensor) -> Tensor:
         """Add up the rows and columns of each unit, over the heads of a group."""
@@ -600,32 +525,25 @@ class ValueOutput(Heads):
         return self._with_attention({self.names[0]: v, self.names[1]: o})
 
     def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
-        errors = self._errors(statistics, config)
+        _, _, C, K = self._turned(statistics, config)
+        errors = self._errors(C, K)
         step = min(config.align, self.width)
         ranks = range(step, self.width, step)
         return [Option(rank, _size(self.structure(rank)), 0.5 * float(errors[rank])) for rank in ranks]
 
     def fill(self, new: Mapping[str, Any], statistics: Statistics, config: MoDeGPT) -> dict[str, Any]:
         rank = new[self.names[0]].out_features // self.key_heads
-        forward, backward = self._bases(statistics, config)
-        weight = _matrix(self.o)
-        first = torch.arange(self.width, **self.place) < rank
-        P = _block_diagonal(forward[:, :rank])  # (key heads · rank, key heads · h)
-        V = P @ _matrix(self.v)
-        P_out = _block_diagonal(forward.repeat_interleave(self.group, 0)[:, :rank])
-        columns = first.repeat(self.heads).nonzero().flatten()
+        T, W, C, K = self._turned(statistics, config)
         known = self.known(statistics, self.names[1])
-        if config.recipe == "loss":
-            C = P_out @ self._output_moment(known) @ P_out.T
-            root = linalg.factor_spd(C)
-            right = weight @ self._output_moment(known) @ P_out.T
-            out = root.solve_transposed(root.solve(right.T)).T
-        else:
-            out = weight @ _block_diagonal(backward.repeat_interleave(self.group, 0)[:, :, :rank])
-        rows = first.repeat(self.key_heads).nonzero().flatten()
-        new[self.names[0]].fill(V, rows=rows)
-        new[self.names[1]].fill(out, self._output_bias(weight, out @ P_out, known, config), columns=columns)
-        errors = self._errors(statistics, config)
+        first = torch.arange(self.width, **self.place) < rank
+        rows, columns = (first.repeat(heads).nonzero().flatten() for heads in (self.key_heads, self.heads))
+        # Each key head's T stands once for every query head of its group.
+        own = _diagonal_blocks(T, self.heads)[:: self.group, :rank]
+        new[self.names[0]].fill(_block_diagonal(own) @ _matrix(self.v), rows=rows)
+        out = linalg.nystrom_refit(W, C, columns)[0] if config.recipe == "loss" else W[:, columns]
+        bias = self._output_bias(_matrix(self.o), out @ T[columns], known, config)
+        new[self.names[1]].fill(out, bias, columns=columns)
+        errors = self._errors(C, K)
         total = float(errors[0])
         return {
             "relative error": math.sqrt(float(errors[rank]) / total) if total else 0.0,
@@ -682,15 +600,18 @@ class ValueOutput(Heads):
             backward.append(root.lower @ A)
         return torch.stack(forward), torch.stack(backward)
 
-    def _errors(self, statistics: Statistics, config: MoDeGPT) -> Tensor:
-        """The weighted error of each rank, ``(h + 1,)``."""
+    def _turned(self, statistics: Statistics, config: MoDeGPT) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All heads' bases on one diagonal, T; in them O's weight, its input's moment, and ``Wᵀ G W``."""
         forward, backward = self._bases(statistics, config)
         known = self.known(statistics, self.names[1])
-        T = _block_diagonal(forward.repeat_interleave(self.group, 0))
-        back = _block_diagonal(backward.repeat_interleave(self.group, 0))
-        K = back.T @ _pulled(self.o, known, config) @ back
-        by_rank = torch.arange(self.o.in_features, **self.place).view(self.heads, self.width).T.flatten()
-        return linalg.nystrom_errors(T @ self._output_moment(known) @ T.T, K, by_rank)[:: self.heads]
+        T, back = (_block_diagonal(bases.repeat_interleave(self.group, 0)) for bases in (forward, backward))
+        C, K = T @ self._output_moment(known) @ T.T, back.T @ _pulled(self.o, known, config) @ back
+        return T, _matrix(self.o) @ back, C, K
+
+    def _errors(self, C: Tensor, K: Tensor) -> Tensor:
+        """The weighted error of each rank, ``(h + 1,)``."""
+        by_rank = torch.arange(len(C), **self.place).view(self.heads, self.width).T.flatten()
+        return linalg.nystrom_errors(C, K, by_rank)[:: self.heads]
 
 
 def _diagonal_blocks(matrix: Tensor, count: int) -> Tensor:

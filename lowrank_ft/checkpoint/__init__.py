@@ -11,8 +11,6 @@ from torch import nn
 from lowrank_ft import engine
 from lowrank_ft.checkpoint import files, native, peft, sized
 from lowrank_ft.errors import ConfigError, StateError, did_you_mean
-from lowrank_ft.manifest import replacements
-from lowrank_ft.modules.host import Host
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -42,10 +40,7 @@ def save(
         CheckpointError: the directory cannot be written; nothing was changed then.
         StateError: no adapter of that name, or one with NaN in it.
     """
-    found = replacements(model)
-    only_adapters = found and all(
-        isinstance(h, Host) and h.base_node().kind == "dense" for h in found.values()
-    )
+    only_adapters = bool(engine.hosts(model)) and not engine.compressed(model)
     if name is not None:
         engine.require_adapter(model, name)
         if not only_adapters:

@@ -17,10 +17,9 @@ from lowrank_ft import engine, layouts, sites
 from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, Scaling
 from lowrank_ft.checkpoint import card, files
 from lowrank_ft.errors import CheckpointError, StateError
-from lowrank_ft.manifest import Node, replacements
+from lowrank_ft.manifest import Node
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
-from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import Layer, layer_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -90,11 +89,7 @@ def export(model: nn.Module, directory: Path, tokenizer: Any) -> None:
             f"PEFT form holds one adapter, but {list(active) or 'none'} are active: set_adapter() one."
         )
     name = active[0]
-    compressed = [
-        path
-        for path, module in replacements(model).items()
-        if not isinstance(module, Host) or module.base_node().kind != "dense"
-    ]
+    compressed = engine.compressed(model)
     if compressed:
         raise StateError(
             f"PEFT form is an adapter on the unmodified base, and {compressed[0]} is compressed "

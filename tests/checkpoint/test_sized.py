@@ -14,8 +14,7 @@ from torch import nn
 
 import lowrank_ft
 from lowrank_ft import engine
-from lowrank_ft.algorithms.modegpt import same_width
-from lowrank_ft.allocation import Option
+from lowrank_ft.allocation import Option, same_width
 from lowrank_ft.errors import ConfigError, StateError
 from lowrank_ft.layouts import layout_of
 from lowrank_ft.layouts import mlp_of as mlp_names

@@ -22,9 +22,8 @@ from lowrank_ft.algorithms.modegpt import (
     MoDeGPTMethod,
     QueryKey,
     ValueOutput,
-    keep_by_entropy,
 )
-from lowrank_ft.allocation import Option, allocate, combined
+from lowrank_ft.allocation import Option, allocate, combined, keep_by_entropy
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, StateError, TargetError
 from lowrank_ft.modules.attention import AttentionNode, ResizedAttention
