@@ -20,7 +20,8 @@ class Option:
         rank: of its factors, or what remains of the group's inner width; None leaves it as it is.
         size: what it costs of the budget (parameters, or bytes).
         loss: the predicted rise of the model's loss; 0 for a dense layer.
-        ranks: for a group whose layers are factored one by one, their ranks by name.
+        ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
+            divides over the widths of a group that has several.
     """
 
     rank: int | None

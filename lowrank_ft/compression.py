@@ -272,8 +272,9 @@ def _with_measured_errors(
             dense.get_submodule(name).register_forward_hook(_comparison(found, name, module))
         with torch.no_grad():
             dense.eval()(input_ids=probe.to(next(dense.parameters()).device))
+    heads = ("q-k", "v-o", "attention")
     return [
-        {**row, "measured error": None if row["role"] in ("q-k", "v-o") else found.get(row["layers"][-1])}
+        {**row, "measured error": None if row["role"] in heads else found.get(row["layers"][-1])}
         for row in rows
     ]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
 from lowrank_ft.errors import TargetError, did_you_mean
+from lowrank_ft.modules.layer import layer_of
 
 # The role of a layer, by the longest suffix of its name that is listed here.
 ROLES: dict[str, str] = {
@@ -66,6 +68,27 @@ HEADS = frozenset(
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What a model family calls the module that attends and its projections, by the endings of their names.
+
+    Attributes:
+        name: the module that attends.
+        q, k, v: its projections; empty where ``qkv`` stands for all three.
+        o: the layer that the heads' output goes into; it need not lie in the module.
+        qkv: one projection for queries, keys and values, in this order.
+        rotary: whether positions turn pairs of dimensions of queries and keys.
+    """
+
+    name: str
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    o: str = ""
+    qkv: str = ""
+    rotary: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a model family calls the coupled parts of a block, by the endings of their names.
 
@@ -73,43 +96,51 @@ class Layout:
         up: the layer into the MLP.
         down: the layer out of it.
         gate: the layer whose activation multiplies ``up``'s output, if there is one.
-        attention: the module that attends; empty where its heads cannot be resized here.
-        q, k, v, o: its projections.
-        rotary: whether positions turn pairs of dimensions of queries and keys.
+        attention: the module that attends, with its projections; None where there is none.
         width: the option of the family's config that holds the width of all MLPs; empty where none does.
     """
 
     up: str
     down: str
     gate: str = ""
-    attention: str = ""
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    rotary: bool = True
+    attention: Attention | None = None
     width: str = "intermediate_size"
 
 
-_LLAMA = Layout("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", attention="self_attn")
-_BERT = Layout("intermediate.dense", "output.dense")
+def _projections(name: str, o: str = "o_proj", rotary: bool = False) -> Attention:
+    q, k, v = (f"{name}.{part}_proj" for part in "qkv")
+    return Attention(name, q, k, v, f"{name}.{o}", rotary=rotary)
 
-# One row for each `model_type` whose MLP and attention can be taken apart. Heads cannot be resized where
-# queries, keys and values come from one matrix, or where attention is an encoder's, with another forward.
+
+def _fused(name: str, qkv: str, o: str, rotary: bool = False) -> Attention:
+    return Attention(name, o=f"{name}.{o}", qkv=f"{name}.{qkv}", rotary=rotary)
+
+
+_SELF = "attention.self"
+_LLAMA = Layout("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", _projections("self_attn", rotary=True))
+_BERT = Layout(
+    "intermediate.dense",
+    "output.dense",
+    attention=Attention(_SELF, f"{_SELF}.query", f"{_SELF}.key", f"{_SELF}.value", "attention.output.dense"),
+)
+
+# One row for each `model_type` whose MLP and attention can be taken apart.
 LAYOUTS: dict[str, Layout] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma3_text": _LLAMA,
-    "phi3": Layout("mlp.gate_up_proj", "mlp.down_proj"),  # gate and up in one matrix, and so q, k and v
-    "opt": Layout("fc1", "fc2", attention="self_attn", o="out_proj", rotary=False, width="ffn_dim"),
-    "gpt2": Layout("mlp.c_fc", "mlp.c_proj", width="n_inner"),  # q, k and v in one matrix
+    "phi3": Layout(  # gate and up in one matrix
+        "mlp.gate_up_proj", "mlp.down_proj", attention=_fused("self_attn", "qkv_proj", "o_proj", rotary=True)
+    ),
+    "opt": Layout("fc1", "fc2", attention=_projections("self_attn", "out_proj"), width="ffn_dim"),
+    "gpt2": Layout("mlp.c_fc", "mlp.c_proj", attention=_fused("attn", "c_attn", "c_proj"), width="n_inner"),
     "bert": _BERT,
     "roberta": _BERT,
-    "vit": Layout("mlp.fc1", "mlp.fc2"),
+    "vit": Layout("mlp.fc1", "mlp.fc2", attention=_projections("attention")),
     "convnext": Layout("pwconv1", "pwconv2", width=""),
-    "dinov2": Layout("mlp.fc1", "mlp.fc2", width=""),
+    "dinov2": Layout("mlp.fc1", "mlp.fc2", attention=_projections("attention"), width=""),
 }
 
 
@@ -126,7 +157,7 @@ def layout_of(model: nn.Module) -> Layout:
         f"There is no layout for the model type {kind!r} ({type(model).__name__}), so its coupled layers are "
         f"not known.{did_you_mean(str(kind), LAYOUTS)} Known: {', '.join(LAYOUTS)}. For a model whose MLP is "
         f"down(act(gate(x)) * up(x)), say what the layers are called: lowrank_ft.layouts.LAYOUTS[{kind!r}] = "
-        f"Layout(up='mlp.up_proj', down='mlp.down_proj', gate='mlp.gate_proj')."
+        f"Layout(up='mlp.up_proj', down='mlp.down_proj', gate='mlp.gate_proj'); attention= adds its heads."
     )
 
 
@@ -144,6 +175,61 @@ def mlp_of(layout: Layout, name: str, names: Container[str]) -> tuple[str, ...]:
         if name.endswith(f".{part}") and all(other in names for other in found):
             return found
     return ()
+
+
+def attention_of(layout: Layout, name: str, names: Container[str]) -> str | None:
+    """Return the module that attends with a layer; None where the layer is no projection of any.
+
+    Args:
+        layout: the family's.
+        name: the layer.
+        names: of all modules.
+    """
+    attention = layout.attention
+    for part in (
+        () if attention is None else (attention.q, attention.k, attention.v, attention.o, attention.qkv)
+    ):
+        if part and name.endswith(f".{part}"):
+            assert attention is not None
+            found = f"{name.removesuffix(part)}{attention.name}"
+            return found if found in names else None
+    return None
+
+
+def fused_parts(model: nn.Module, name: str, layer: nn.Module) -> tuple[int, ...]:
+    """Return how many of a layer's outputs are queries, keys and values; empty where it is not all three.
+
+    Args:
+        model: the model.
+        name: of the layer.
+        layer: what stands there.
+    """
+    layout = LAYOUTS.get(getattr(getattr(model, "config", None), "model_type", ""))
+    attention = None if layout is None else layout.attention
+    if attention is None or not attention.qkv or not name.endswith(f".{attention.qkv}"):
+        return ()
+    if hasattr(layer, "stock_shape"):  # it lost some of them
+        return ()
+    owner = model.get_submodule(f"{name.removesuffix(attention.qkv)}{attention.name}")
+    return split_of(owner, layer_of(layer, name).out_features)
+
+
+def split_of(attention: nn.Module, outputs: int) -> tuple[int, int, int]:
+    """Return how many of a fused projection's outputs are queries, keys and values.
+
+    Args:
+        attention: the stock module that attends.
+        outputs: of the projection.
+    """
+    queries = cast(Any, attention).config.num_attention_heads * head_width(attention)
+    keys = (outputs - queries) // 2
+    return queries, keys, keys
+
+
+def head_width(attention: nn.Module) -> int:
+    """Return the width of a stock attention module's heads."""
+    width = getattr(attention, "head_dim", None)
+    return int(cast(Any, attention).attention_head_size if width is None else width)
 
 
 def role_of(name: str, module: nn.Module) -> str:

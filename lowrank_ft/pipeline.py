@@ -34,7 +34,7 @@ from lowrank_ft.modules.replacement import Container, Replacement
 from lowrank_ft.modules.resized import Resized
 from lowrank_ft.sites import Site, stock_modules
 
-_SCHEMA = 2  # of what the cache holds: a change there makes earlier caches unknown, not incomplete
+_SCHEMA = 3  # of what the cache holds: a change there makes earlier caches unknown, not incomplete
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _rows(
     site: Site, share: Share, new: Mapping[str, nn.Module], found: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """What the report says of a site: one row; of a group factored layer by layer, one for each layer."""
-    if not share.ranks:
+    if share.rank is not None or not share.ranks:
         return [_row(site, share.rank, new, share.predicted, found)]
     rows = []
     for name, module in site.layers.items():

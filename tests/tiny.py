@@ -103,6 +103,16 @@ def _opt() -> nn.Module:
     return OPTForCausalLM(config)
 
 
+def _phi3() -> nn.Module:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Phi3Config(
+        vocab_size=VOCAB, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes
+    )
+    return Phi3ForCausalLM(config)
+
+
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -155,6 +165,7 @@ TINY = {
         Tiny("qwen3", _qwen3, _tokens),
         Tiny("gemma3", _gemma3, _tokens, ("all-linear", "embed_tokens")),
         Tiny("opt", _opt, _tokens),
+        Tiny("phi3", _phi3, _tokens),
         Tiny("gpt2", _gpt2, _tokens),
         Tiny("bert", _bert, _classified_tokens),
         Tiny("vit", _vit, _images, ("all-linear", "all-conv")),

@@ -135,7 +135,8 @@ class Share:
     Attributes:
         rank: of what is put there; None leaves the site as it is, or its layers to ``ranks``.
         predicted: predicted rise of the model's loss, where the method predicts one.
-        ranks: for a group whose layers are factored one by one, their ranks by name.
+        ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
+            divides over the widths of a group that has several.
     """
 
     rank: int | None = None

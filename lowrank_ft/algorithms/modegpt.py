@@ -35,13 +35,13 @@ from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.layouts import Layout
 from lowrank_ft.manifest import Node
 from lowrank_ft.modules.attention import AttentionNode
-from lowrank_ft.modules.layer import Layer, layer_of
+from lowrank_ft.modules.layer import Layer, find_layer, layer_of, stock_linear
 from lowrank_ft.modules.lowrank import LowRank, low_rank_node, supports_low_rank
 from lowrank_ft.modules.resized import Resized, ResizedNode
 from lowrank_ft.registry import register_method
 from lowrank_ft.sites import Site, stock_modules
 
-MLP, QK, VO = "mlp", "q-k", "v-o"
+MLP, QK, VO, ATTENTION = "mlp", "q-k", "v-o", "attention"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
                 if name != names[-1]:
                     continue
                 parts = [n for n in names if n in layers]
-                missing = [n for n in names if n not in layers and n != _attention_of(name, layout)]
+                missing = [n for n in names if n not in layers and find_layer(modules[n]) is not None]
                 if missing:
                     raise TargetError(
                         f"{missing[0]} belongs to the same module as {parts[0]}: target both, or neither."
@@ -160,7 +160,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
                 name: low_rank_node(layers[name], rank, layers[name].bias is not None)
                 for name, rank in share.ranks.items()
             }
-        return _GROUPS[site.role](site).structure(share.rank)
+        return _GROUPS[site.role](site).structure(share.rank, share.ranks)
 
     def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
         """Fill what :meth:`structure` led to, and report what it leaves; of factors, by layer."""
@@ -253,20 +253,21 @@ def _groups(
     mlp = layouts.mlp_of(layout, name, modules)
     if mlp:
         yield MLP, mlp
-    owner = _attention_of(name, layout)
-    if owner is None or owner not in modules:
+    owner = layouts.attention_of(layout, name, modules)
+    if owner is None or layout.attention is None:
         return
-    attention, last = modules[owner], name.removeprefix(f"{owner}.")
-    if last in (layout.q, layout.k) and not hasattr(attention, "q_norm"):
-        yield QK, (owner, f"{owner}.{layout.q}", f"{owner}.{layout.k}")
-    if last in (layout.v, layout.o):
-        yield VO, (owner, f"{owner}.{layout.v}", f"{owner}.{layout.o}")
+    parts, block = layout.attention, owner.removesuffix(layout.attention.name)
+    q, k, v, o, qkv = (block + part for part in (parts.q, parts.k, parts.v, parts.o, parts.qkv))
+    if parts.qkv:
+        yield ATTENTION, (owner, qkv, o)
+    if name in (q, k) and not hasattr(modules[owner], "q_norm"):
+        yield QK, (owner, q, k)
+    if name in (v, o) and not parts.qkv:
+        yield VO, (owner, v, o)
 
 
-def _attention_of(name: str, layout: Layout) -> str | None:
-    owner, _, last = name.rpartition(".")
-    ours = layout.attention and owner.endswith(f".{layout.attention}")
-    return owner if ours and last in (layout.q, layout.k, layout.v, layout.o) else None
+Ranks = Mapping[str, int]
+_WHOLE: Ranks = {}
 
 
 class Group(ABC):
@@ -281,12 +282,17 @@ class Group(ABC):
     def known(self, statistics: Statistics, name: str) -> SiteStatistics:
         """Return what is known of a layer, on the layer's device."""
         found = statistics[name]
-        tensors = {what: getattr(found, what) for what in ("C", "mean", "G", "pulled")}
+        tensors = {what: getattr(found, what) for what in ("C", "mean", "G", "pulled", "G_q", "G_k")}
         return replace(found, **{k: t.to(**self.place) for k, t in tensors.items() if t is not None})
 
     @abstractmethod
-    def structure(self, rank: int) -> dict[str, Node]:
-        """Return what stands at each name when so much of the inner width remains."""
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
+        """Return what stands at each name when so much of the inner width remains.
+
+        Args:
+            rank: the width that remains.
+            ranks: how it divides, for a group with several widths.
+        """
 
     @abstractmethod
     def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
@@ -336,7 +342,7 @@ class Mlp(Group):
         """The layer out of the MLP."""
         return self.layers[-1]
 
-    def structure(self, rank: int) -> dict[str, Node]:
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
         into = {
             name: _resized(layer, rows=rank * (layer.out_features // self.down.in_features))
             for name, layer in zip(self.names[:-1], self.layers[:-1], strict=True)
@@ -399,14 +405,26 @@ class Heads(Group):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.attention = cast(Any, site.modules[0])
-        self.width = int(self.attention.head_dim)
-
-        self.layout = layouts.LAYOUTS[self.attention.config.model_type]
+        self.attention = site.modules[0]
+        self.width = layouts.head_width(self.attention)
+        self.rotary = _attention(self.attention).rotary
 
     def _with_attention(self, layers: dict[str, Node]) -> dict[str, Node]:
-        node = AttentionNode(self.layout.q, self.layout.k, self.layout.v, self.layout.o)
-        return {self.site.names[0]: node, **layers}
+        parts = _attention(self.attention)
+        q, k, v, o = (_inside(parts, part) for part in (parts.q, parts.k, parts.v, parts.o))
+        return {self.site.names[0]: AttentionNode(q, k, v, o), **layers}
+
+
+def _attention(module: nn.Module) -> layouts.Attention:
+    found = layouts.LAYOUTS[cast(Any, module).config.model_type].attention
+    assert found is not None
+    return found
+
+
+def _inside(attention: layouts.Attention, part: str) -> str:
+    """The name of a projection in the module that attends; empty where it stands outside."""
+    name = part.removeprefix(f"{attention.name}.")
+    return "" if name == part else name
 
 
 class QueryKey(Heads):
@@ -420,16 +438,16 @@ class QueryKey(Heads):
         self.q, self.k = self.layers
         self.key_heads = self.k.out_features // self.width
         self.group = self.q.out_features // self.k.out_features
-        self.unit = 2 if self.layout.rotary else 1
+        self.unit = 2 if self.rotary else 1
         self.units = self.width // self.unit
 
-    def structure(self, rank: int) -> dict[str, Node]:
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
         rows = self.key_heads * rank
         q, k = _resized(self.q, rows=rows * self.group), _resized(self.k, rows=rows)
         return self._with_attention({self.names[0]: q, self.names[1]: k})
 
     def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
-        if config.recipe == "loss" and any(layer.out_features > layer.in_features for layer in self.layers):
+        if config.recipe == "loss" and any(statistics[name].G is None for name in self.names):
             return []  # more outputs than inputs: the gradient's moments by row were not kept
         order, H = self._order(statistics, config)
         step = max(self.unit, min(config.align, self.width) // self.unit * self.unit)
@@ -518,7 +536,7 @@ class ValueOutput(Heads):
         self.heads = self.o.in_features // self.width
         self.group = self.heads // self.key_heads
 
-    def structure(self, rank: int) -> dict[str, Node]:
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
         bias = self.v.bias is not None or self.o.bias is not None  # softmax rows add up to one
         v = _resized(self.v, rows=self.key_heads * rank, bias=False)
         o = _resized(self.o, columns=self.heads * rank, bias=bias)
@@ -614,6 +632,115 @@ class ValueOutput(Heads):
         return linalg.nystrom_errors(C, K, by_rank)[:: self.heads]
 
 
+class FusedAttention(Group):
+    """Q–K and V–O together, where one matrix gives queries, keys and values; each has its own width.
+
+    Both are done on the rows of that matrix as if they were layers, and put together again.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.attention = site.modules[0]
+        self.qkv, self.o = self.layers
+        self.split = layouts.split_of(self.attention, self.qkv.out_features)
+        q, k, v = (_part(self.qkv, rows) for rows in self._rows())
+        self.parts = {"q": q, "k": k, "v": v}
+        self.qk = QueryKey(Site(("", "q", "k"), (self.attention, q, k), QK))
+        self.vo = ValueOutput(Site(("", "v", "o"), (self.attention, v, self.o.module), VO))
+        self.width = self.qk.width
+
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
+        """Return the nodes for ``ranks[QK]`` and ``ranks[VO]``, of which ``rank`` is the sum."""
+        nodes = self._nodes(ranks)
+        sizes = tuple(cast(ResizedNode, nodes[part]).out_features for part in self.parts)
+        parts = _attention(self.attention)
+        node = AttentionNode("", "", "", _inside(parts, parts.o), _inside(parts, parts.qkv), sizes)
+        found: dict[str, Node] = {
+            self.site.names[0]: node,
+            self.names[0]: _resized(self.qkv, rows=sum(sizes)),
+        }
+        if ranks[VO] < self.width:
+            found[self.names[1]] = nodes["o"]
+        return found
+
+    def _nodes(self, ranks: Ranks) -> dict[str, Node]:
+        """The parts as layers of their own."""
+        nodes: dict[str, Node] = {name: _resized(layer_of(part)) for name, part in self.parts.items()}
+        if ranks[QK] < self.width:
+            nodes |= self.qk.structure(ranks[QK])
+        if ranks[VO] < self.width:
+            nodes |= self.vo.structure(ranks[VO])
+        return nodes
+
+    def options(self, statistics: Statistics, config: MoDeGPT) -> list[Option]:
+        known = self._known(statistics)
+        qk, vo = self.qk.options(known, config), self.vo.options(known, config)
+        if config.shares == "loss":
+            whole = [Option(None, sum(map(lord.size_of, g.layers)), 0.0) for g in (self.qk, self.vo)]
+            pairs = combined({QK: [whole[0], *qk], VO: [whole[1], *vo]})
+            ranks = [{QK: self.width, VO: self.width, **pair.ranks} for pair in pairs]
+            losses = [pair.loss for pair in pairs]
+        else:  # what either leaves out is measured on a scale of its own: the same width for both
+            widths = [a.rank for a in qk if a.rank in {b.rank for b in vo}]
+            ranks = [{QK: cast(int, rank), VO: cast(int, rank)} for rank in widths]
+            losses = [0.0] * len(ranks)
+        return [
+            Option(sum(pair.values()), self._size(pair), loss, pair)
+            for pair, loss in zip(ranks, losses, strict=True)
+            if sum(pair.values()) < 2 * self.width
+        ]
+
+    def _size(self, ranks: Ranks) -> int:
+        nodes = self.structure(0, ranks)
+        kept = 0 if self.names[1] in nodes else lord.size_of(self.o)
+        return _size(nodes) + kept
+
+    def fill(self, new: Mapping[str, Any], statistics: Statistics, config: MoDeGPT) -> dict[str, Any]:
+        known, ranks = self._known(statistics), self._ranks(new)
+        nodes = self._nodes(ranks)
+        built: dict[str, Any] = {name: nodes[name].build(part) for name, part in self.parts.items()}
+        for name, part in self.parts.items():  # what is whole stays as it is; the rest is filled below
+            if built[name].rows is None:
+                built[name].fill(layer_of(part).matrix(), layer_of(part).bias)
+        facts: dict[str, Any] = {"tokens": known["q"].tokens}
+        if ranks[QK] < self.width:
+            self.qk.fill(built, known, config)
+        if ranks[VO] < self.width:
+            facts |= self.vo.fill({**built, "o": new[self.names[1]]}, known, config)
+        biases, rows = [], []
+        for layer, outputs in zip(built.values(), self._rows(), strict=True):
+            biases.append(layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias)
+            rows.append(outputs if layer.rows is None else outputs[layer.rows])
+        weight = torch.cat([layer.weight for layer in built.values()])
+        new[self.names[0]].fill(weight, torch.cat(biases), torch.cat(rows))
+        return {**facts, "ranks": ranks}
+
+    def _rows(self) -> tuple[Tensor, ...]:
+        """Which outputs of the one matrix are queries, keys and values."""
+        return torch.split(torch.arange(sum(self.split), **self.place), list(self.split))
+
+    def _ranks(self, new: Mapping[str, Any]) -> dict[str, int]:
+        """The widths that the new modules have."""
+        heads = self.o.in_features // self.width
+        vo = new[self.names[1]].in_features // heads if self.names[1] in new else self.width
+        key_heads = self.qk.key_heads
+        left = new[self.names[0]].out_features - key_heads * vo
+        return {QK: left // (heads + key_heads), VO: vo}
+
+    def _known(self, statistics: Statistics) -> dict[str, SiteStatistics]:
+        """What is known of the parts, as of layers."""
+        both = statistics[self.names[0]]
+        q, k = (replace(both, G=G, pulled=None, G_q=None, G_k=None) for G in (both.G_q, both.G_k))
+        return {"q": q, "k": k, "v": both, "o": statistics[self.names[1]]}
+
+
+def _part(layer: Layer, rows: Tensor) -> nn.Module:
+    """Some outputs of a layer as a layer of their own, on the same memory."""
+    first, count = int(rows[0]), len(rows)
+    bias = None if layer.bias is None else layer.bias.detach().narrow(0, first, count)
+    return stock_linear("linear", layer.matrix().detach().narrow(0, first, count), bias)
+
+
 def _diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
     """Return the blocks on the diagonal, ``(count, n / count, n / count)``."""
     blocks = matrix.view(count, len(matrix) // count, count, len(matrix) // count)
@@ -628,4 +755,4 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
     ).reshape(n * a, n * b)
 
 
-_GROUPS: dict[str, type[Group]] = {MLP: Mlp, QK: QueryKey, VO: ValueOutput}
+_GROUPS: dict[str, type[Group]] = {MLP: Mlp, QK: QueryKey, VO: ValueOutput, ATTENTION: FusedAttention}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_ft import layouts
 from lowrank_ft.calibration import stream
 from lowrank_ft.calibration.batches import Batch, count_tokens, fingerprint, mask_of
 from lowrank_ft.calibration.statistics import Moments, rows_of
@@ -213,9 +214,11 @@ def gradients(
     if store.names() >= set(modules):
         return
     progress = _progress(count_tokens(batches), "Differentiating")
+    parts = {name: layouts.fused_parts(model, name, module) for name, module in modules.items()}
+    collecting = partial(_Collector, modules, parts=parts, fisher=fisher)
     with _differentiable(model):
         if chain is None:
-            collector = _Collector(modules, list(modules), fisher)
+            collector = collecting(list(modules))
             for batch in batches:
                 with torch.enable_grad(), collector.listening(batch):
                     value = loss(model, batch, stream.forward(model, batch))
@@ -223,7 +226,7 @@ def gradients(
                 _advance(progress, count_tokens([batch]))
             collector.finish(store, "all")
         else:
-            _chained_gradients(chain, modules, batches, store, loss, fisher, progress)
+            _chained_gradients(chain, modules, batches, store, loss, collecting, progress)
     progress.close()
 
 
@@ -233,7 +236,7 @@ def _chained_gradients(
     batches: Sequence[Batch],
     store: Store,
     loss: Loss,
-    fisher: bool,
+    collecting: Callable[[Sequence[str]], _Collector],
     progress: Any,
 ) -> None:
     groups = stream.by_block(chain, list(modules))
@@ -252,7 +255,7 @@ def _chained_gradients(
             states[-1].append(stream.offload(out, chain.shelf))
             _advance(progress, count_tokens([batch]) * share)
     slopes: list[Tensor] = []
-    collector = _Collector(modules, late, fisher)
+    collector = collecting(late)
     for i, batch in enumerate(batches):
         before = stream.onload(states[-1][i], device, leaf=True)
         with torch.enable_grad(), collector.listening(batch):
@@ -261,7 +264,7 @@ def _chained_gradients(
     collector.finish(store, f"{len(chain):04d}")
     for k in reversed(range(first, len(chain))):
         states.pop()
-        collector = _Collector(modules, [*groups.get(k, ()), *(early if k == 0 else ())], fisher)
+        collector = collecting([*groups.get(k, ()), *(early if k == 0 else ())])
         for i, batch in enumerate(batches):
             before = stream.onload(states[-1][i], device, leaf=k > 0)
             with torch.enable_grad(), collector.listening(batch):
@@ -274,8 +277,16 @@ def _chained_gradients(
 class _Collector:
     """Listens to layers' outputs, and adds up the second moments of the gradients that arrive there."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], names: Sequence[str], fisher: bool) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        names: Sequence[str],
+        parts: Mapping[str, tuple[int, ...]],
+        fisher: bool,
+    ) -> None:
         self.layers = {name: layer_of(modules[name]) for name in names}
+        self.parts = {name: parts[name] for name in names if parts[name]}
+        self.heads = {name: (Moments(q), Moments(k)) for name, (q, k, _) in self.parts.items()}
         self.fisher = fisher
         self.squares: dict[str, tuple[Tensor, Tensor]] = {}
         self.moments = {
@@ -315,6 +326,11 @@ class _Collector:
                 if self.fisher and layer.kind != "embedding":
                     self._square(name, x, gradient)
                 rows = rows_of(layer, gradient, self.mask)
+                if name in self.parts:  # queries and keys apart: of a tall layer G is not kept
+                    for moments, part in zip(
+                        self.heads[name], torch.split(rows, list(self.parts[name]), -1), strict=False
+                    ):
+                        moments.add(part)
                 if layer.out_features > layer.in_features:
                     rows = rows @ layer.matrix()
                 self.moments[name].add(rows)
@@ -348,6 +364,8 @@ class _Collector:
                 )
             what = "pulled" if layer.out_features > layer.in_features else "G"
             tensors[f"{name}|{what}"] = running.second(name).cpu()
+            for part, moments in zip("qk", self.heads.get(name, ()), strict=False):
+                tensors[f"{name}|G_{part}"] = moments.second(name).cpu()
         for name, (rows, columns) in self.squares.items():
             if name not in missing:
                 continue

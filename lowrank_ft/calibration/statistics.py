@@ -28,6 +28,8 @@ class SiteStatistics:
             over its tokens; ``(out, out)`` float64. None where it was not asked for, or where ``pulled`` is.
         pulled: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs: all that a decomposition
             needs of G there, and never larger than the model is wide.
+        G_q: block of G that belongs to the queries, for a layer that gives queries, keys and values at once.
+        G_k: block of G that belongs to the keys.
         fisher_rows: mean over each row of ``F = Σ (∂ℓ/∂W)²``, one gradient a sequence, ``(out,)`` float64.
         fisher_columns: mean over each column of the same, ``(in,)``.
         sensitivity: divergence of the model's output, in nats per token, per unit of ``E‖Δy‖²``, measured
@@ -41,6 +43,8 @@ class SiteStatistics:
     mean: Tensor
     G: Tensor | None = None
     pulled: Tensor | None = None
+    G_q: Tensor | None = None
+    G_k: Tensor | None = None
     fisher_rows: Tensor | None = None
     fisher_columns: Tensor | None = None
     sensitivity: float | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -10,10 +12,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft.errors import StateError
+from lowrank_ft import layouts
+from lowrank_ft.errors import StateError, TargetError
 from lowrank_ft.manifest import Node
 from lowrank_ft.modules.replacement import Container
 from lowrank_ft.registry import register_node
+
+# Families whose attention reads the window off the config; the others have an attribute for it, or none.
+_WINDOW_OF_CONFIG = ("mistral", "phi3")
+# Families that scale queries before the product with the keys, which can overflow in float16 otherwise.
+_SCALES_QUERIES = ("opt",)
 
 
 @register_node
@@ -23,6 +31,12 @@ class AttentionNode(Node):
 
     The sizes are those of its projections, which are nodes of their own; this node says what they are
     called.
+
+    Attributes:
+        q, k, v: the projections.
+        o: the layer after the heads; empty where it stands outside of the module.
+        qkv: the one projection that stands for all of q, k and v.
+        split: how many of its outputs are queries, keys and values.
     """
 
     kind: ClassVar[str] = "attention"
@@ -30,14 +44,27 @@ class AttentionNode(Node):
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    qkv: str = ""
+    split: tuple[int, ...] = ()
 
     def build(self, module: nn.Module) -> ResizedAttention:
-        """Build the module; its children are those of ``module``, to be replaced in their turn."""
+        """Build the module; its children are those of ``module``, to be replaced in their turn.
+
+        Raises:
+            TargetError: the module lacks a projection, or is not one that attends.
+        """
+        parts = [self.qkv] if self.qkv else [self.q, self.k, self.v]
+        missing = [part for part in (*parts, self.o) if part and part not in module._modules]
+        if missing or not hasattr(module, "scaling") or (self.qkv and len(self.split) != 3):
+            raise TargetError(
+                f"A {type(module).__name__} is no attention with the projections {', '.join(parts)}"
+                + (f": it has no {missing[0]}." if missing else ".")
+            )
         return ResizedAttention(self, module)
 
 
 class ResizedAttention(Container):
-    """A decoder's attention with heads of any width.
+    """Attention with heads of any width.
 
     It computes what the stock module computes, with three differences: the width of queries and keys may be
     another than that of values; scores are scaled by the stock module's factor (``1/√h`` of the *original*
@@ -57,6 +84,7 @@ class ResizedAttention(Container):
             shell.__dict__.pop(patched, None)
         shell._modules = dict.fromkeys(stock._modules)
         self.__dict__["_shell"] = shell
+        self.__dict__["_takes"] = tuple(inspect.signature(type(stock).forward).parameters)[2:]
         self.train(stock.training)
 
     def structure(self) -> AttentionNode:
@@ -72,6 +100,7 @@ class ResizedAttention(Container):
     def forward(
         self,
         hidden_states: Tensor,
+        *args: Any,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
@@ -81,67 +110,116 @@ class ResizedAttention(Container):
 
         Args:
             hidden_states: ``(batch, tokens, width)``.
+            *args: what the stock module takes by position, in its order.
             position_embeddings: cosines and sines, ``(batch, tokens, h)``; None without rotary embedding.
             attention_mask: what the model made for its attention backend.
             past_key_values: a cache; it holds keys and values of the reduced widths.
-            **kwargs: handed to the attention backend, as the stock module does.
+            **kwargs: handed to the attention backend, but for what the stock module keeps to itself.
 
         Raises:
             StateError: attention weights are asked for.
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        queries_per_key = getattr(self, "num_key_value_groups", 1)
-        k, v = self._children("k"), self._children("v")
-        key_heads = _stock_outputs(k) // self.head_dim
-        query = self._heads(self._children("q"), hidden_states, key_heads * queries_per_key, "q_norm")
-        key = self._heads(k, hidden_states, key_heads, "k_norm")
-        value = self._heads(v, hidden_states, key_heads, None)
-        if position_embeddings is not None:
-            cos, sin = (self._angles(part, k, key_heads) for part in position_embeddings)
-            key = _rotate(key, cos, sin)
-            if queries_per_key > 1 and cos.shape[1] > 1:
-                cos, sin = (part.repeat_interleave(queries_per_key, 1) for part in (cos, sin))
-            query = _rotate(query, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, _eager
-        )
+        takes: tuple[str, ...] = self.__dict__["_takes"]
+        if args:
+            named: dict[str, Any] = {
+                "position_embeddings": position_embeddings,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+            }
+            named.update(zip(takes, args, strict=False))
+            return self.forward(hidden_states, **named, **kwargs)
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise StateError(
                 "transformers records attention weights by the class of the stock module, and would leave "
                 "out those of resized ones. Ask the dense model, or what export(model, dir, 'dense') writes."
             )
+        query, key, value = self._projected(hidden_states)
+        if position_embeddings is not None:
+            query, key = self._turned(query, key, position_embeddings)
+        if past_key_values is not None:
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            key, value = cache.update(key, value, self.layer_idx)
+        backend = self.config._attn_implementation
+        own = getattr(sys.modules[type(self.__dict__["_shell"]).__module__], "eager_attention_forward", None)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(backend, own)
+        if backend == "eager" and getattr(self, "reorder_and_upcast_attn", False):  # GPT-2's option
+            query, key = query.float(), key.float()
+        scaling = self.scaling
+        if self.config.model_type in _SCALES_QUERIES:
+            query, scaling = query * scaling, 1.0
+        kwargs = {name: value for name, value in kwargs.items() if name not in takes}
         if hasattr(self, "sliding_window"):
             kwargs["sliding_window"] = self.sliding_window
-        elif self.config.model_type == "mistral":  # the one stock module that reads it off the config
+        elif self.config.model_type in _WINDOW_OF_CONFIG:
             kwargs["sliding_window"] = getattr(self.config, "sliding_window", None)
-        dropout = getattr(self, "attention_dropout", getattr(self, "dropout", 0.0))
         out, weights = attend(
             self, query, key, value, attention_mask,
-            dropout=dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
+            dropout=self._dropout() if self.training else 0.0, scaling=scaling, **kwargs,
         )  # fmt: skip
         out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return self._children("o")(out), weights
+        if self.node.o:
+            out = self._child(self.node.o)(out)
+        if "resid_dropout" in self._modules:  # GPT-2's
+            out = self._child("resid_dropout")(out)
+        return out, weights
 
-    def _children(self, part: str) -> nn.Module:
-        return cast(nn.Module, self._modules[getattr(self.node, part)])
+    def _child(self, name: str) -> nn.Module:
+        return cast(nn.Module, self._modules[name])
 
-    def _heads(self, projection: nn.Module, x: Tensor, heads: int, norm: str | None) -> Tensor:
-        """Project and split into heads, ``(batch, heads, tokens, width of a head)``."""
-        out = projection(x).view(*x.shape[:-1], heads, -1)
-        if norm is not None and norm in self._modules:
-            out = self._modules[norm](out)  # type: ignore[misc]
-        return cast(Tensor, out.transpose(1, 2))
+    @property
+    def _key_heads(self) -> int:
+        if self.node.qkv:
+            stock = _stock_outputs(self._child(self.node.qkv))
+            return layouts.split_of(self, stock)[1] // layouts.head_width(self)
+        return _stock_outputs(self._child(self.node.k)) // layouts.head_width(self)
 
-    def _angles(self, part: Tensor, projection: nn.Module, heads: int) -> Tensor:
+    @property
+    def _groups(self) -> int:
+        """Query heads that read one key head."""
+        return int(getattr(self, "num_key_value_groups", 1))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, ``(batch, heads, tokens, width of a head)``."""
+        node, heads = self.node, self._key_heads
+        if node.qkv:
+            query, key, value = torch.split(self._child(node.qkv)(x), list(node.split), -1)
+        else:
+            query, key, value = (self._child(name)(x) for name in (node.q, node.k, node.v))
+        query = self._normed("q_norm", query.view(*x.shape[:-1], heads * self._groups, -1))
+        key = self._normed("k_norm", key.view(*x.shape[:-1], heads, -1))
+        value = value.view(*x.shape[:-1], heads, -1)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _normed(self, norm: str, x: Tensor) -> Tensor:
+        return self._child(norm)(x) if norm in self._modules else x
+
+    def _turned(self, query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by the angles of the dimensions that are left."""
+        cos, sin = (self._angles(part) for part in angles)
+        key = _rotate(key, cos, sin)
+        if self._groups > 1 and cos.shape[1] > 1:
+            cos, sin = (part.repeat_interleave(self._groups, 1) for part in (cos, sin))
+        return _rotate(query, cos, sin), key
+
+    def _angles(self, part: Tensor) -> Tensor:
         """Choose cosines or sines by the dimensions that are left: ``(batch, heads or 1, tokens, width)``."""
-        rows = getattr(projection, "rows", None)
+        rows = getattr(self._child(self.node.qkv or self.node.k), "rows", None)
         if rows is None:
             return part.unsqueeze(1)
-        kept = (rows % self.head_dim).view(heads, -1)
+        if self.node.qkv:
+            rows = torch.split(rows, list(self.node.split))[1]
+        kept = (rows % layouts.head_width(self)).view(self._key_heads, -1)
         return part[..., kept].transpose(1, 2)
+
+    def _dropout(self) -> float:
+        """What the stock module drops of the attention weights while it trains."""
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            found = getattr(self, name, None)
+            if found is not None:
+                return float(found.p if isinstance(found, nn.Dropout) else found)
+        return 0.0
 
 
 def _stock_outputs(projection: nn.Module) -> int:
@@ -154,24 +232,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair ``(j, j + width/2)`` by its angle."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
-
-
-def _eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attend by plain products, the softmax in float32, as transformers' own eager attention does."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
-    scores = (query * scaling) @ key.transpose(2, 3)  # in this order float16 does not overflow
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -110,7 +110,7 @@ def test_lora_stacks_on_it(case: Case, tmp_path: Path) -> None:
     assert torch.equal(logits(model, batch), before)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3", "gpt2", "bert", "vit", "qwen3"])
 def test_lord_stacks_on_modegpt(name: str, tmp_path: Path) -> None:
     case = Case("modegpt", name)
     model, batch = case.tiny.model(torch.float64), case.tiny.inputs(torch.float64)

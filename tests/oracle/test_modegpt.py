@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowrank_ft
-from lowrank_ft import engine, linalg
+from lowrank_ft import engine, layouts, linalg
 from lowrank_ft.algorithms.modegpt import (
+    ATTENTION,
     MLP,
     QK,
     VO,
+    FusedAttention,
     Mlp,
     MoDeGPT,
     MoDeGPTMethod,
@@ -24,11 +26,14 @@ from lowrank_ft.algorithms.modegpt import (
     ValueOutput,
 )
 from lowrank_ft.allocation import Option, allocate, combined, keep_by_entropy
+from lowrank_ft.calibration import collect
 from lowrank_ft.calibration.statistics import SiteStatistics
+from lowrank_ft.calibration.store import Known, Store
 from lowrank_ft.errors import ConfigError, StateError, TargetError
 from lowrank_ft.modules.attention import AttentionNode, ResizedAttention
+from lowrank_ft.modules.layer import Layer, layer_of
 from lowrank_ft.modules.resized import Resized, ResizedNode
-from lowrank_ft.sites import Site, select
+from lowrank_ft.sites import Site, select, stock_modules
 from tests.contract.cases import Case
 from tests.tiny import TINY, logits
 
@@ -322,65 +327,83 @@ def test_the_bias_of_values_folds_into_the_output(config: MoDeGPT) -> None:
 # The whole module -------------------------------------------------------------------------------------------
 
 
-def blocks_of(name: str, model: Any) -> tuple[str, Any, str]:
-    if name == "opt":
-        return "model.decoder.layers.0.self_attn", model.model.decoder.layers[0].self_attn, "out_proj"
-    return "model.layers.0.self_attn", model.model.layers[0].self_attn, "o_proj"
+def names_of(model: nn.Module) -> tuple[str, dict[str, str]]:
+    """The first module that attends, and its projections."""
+    layout = layouts.layout_of(model).attention
+    assert layout is not None
+    owner = next(name for name in stock_modules(model) if name.endswith(f".{layout.name}"))
+    block = owner.removesuffix(layout.name)
+    parts = ("q", "k", "v", "o", "qkv")
+    return owner, {part: block + getattr(layout, part) for part in parts if getattr(layout, part)}
 
 
 def sliced(name: str, queries: bool, values: bool) -> tuple[nn.Module, nn.Module]:
     """A model with some dimensions of its heads cut out, and one with the same set to zero."""
     generator = torch.Generator().manual_seed(3)
     cut, zeroed = TINY[name].model(torch.float64), TINY[name].model(torch.float64)
-    prefix, attention, o = blocks_of(name, cut)
-    h, half = attention.head_dim, attention.head_dim // 2
-    key_heads = attention.k_proj.out_features // h
-    group = attention.q_proj.out_features // attention.k_proj.out_features
-    new: dict[str, nn.Module] = {}
-
-    def keep(layer: str, rows: Tensor | None, columns: Tensor | None) -> None:
-        old = getattr(attention, layer)
-        node = ResizedNode(
-            old.out_features if rows is None else len(rows),
-            old.in_features if columns is None else len(columns),
-            old.bias is not None,
-        )
-        module = node.build(old)
-        weight, bias = old.weight, old.bias
-        weight = weight if rows is None else weight[rows]
-        bias = bias if rows is None or bias is None else bias[rows]
-        with torch.no_grad():
-            module.fill(weight if columns is None else weight[:, columns], bias, rows, columns)
-        new[f"{prefix}.{layer}"] = module
-        _zero(zeroed.get_submodule(f"{prefix}.{layer}"), rows, columns)
-
+    owner, names = names_of(cut)
+    h = layouts.head_width(cut.get_submodule(owner))
+    heads = cut.config.num_attention_heads
+    key_heads = getattr(cut.config, "num_key_value_heads", heads)
+    rows: dict[str, Tensor] = {}
+    columns = None
     if queries:
-        units = [torch.randperm(half, generator=generator)[:2].sort().values for _ in range(key_heads)]
-        dims = [torch.cat([u, u + half]) for u in units]
-        keep("k_proj", torch.cat([d + g * h for g, d in enumerate(dims)]), None)
-        keep("q_proj", torch.cat([dims[i // group] + i * h for i in range(key_heads * group)]), None)
+        units = [torch.randperm(h // 2, generator=generator)[:2].sort().values for _ in range(key_heads)]
+        dims = [torch.cat([u, u + h // 2]) for u in units]
+        rows["k"] = torch.cat([d + g * h for g, d in enumerate(dims)])
+        rows["q"] = torch.cat([dims[i // (heads // key_heads)] + i * h for i in range(heads)])
     if values:
         first = torch.arange(h) < 3
-        keep("v_proj", first.repeat(key_heads).nonzero().flatten(), None)
-        keep(o, None, first.repeat(key_heads * group).nonzero().flatten())
-    new[prefix] = AttentionNode(o=o).build(attention)
+        rows["v"] = first.repeat(key_heads).nonzero().flatten()
+        columns = first.repeat(heads).nonzero().flatten()
+    split: tuple[int, ...] = ()
+    if "qkv" in names:
+        sizes = {"q": heads * h, "k": key_heads * h, "v": key_heads * h}
+        kept = [rows.get(part, torch.arange(size)) for part, size in sizes.items()]
+        split = tuple(len(part) for part in kept)
+        offsets = (0, sizes["q"], sizes["q"] + sizes["k"])
+        rows = {"qkv": torch.cat([part + offset for part, offset in zip(kept, offsets, strict=True)])}
+    new: dict[str, nn.Module] = {}
+    for part in (*rows, *(["o"] if values else [])):
+        layer = layer_of(cut.get_submodule(names[part]))
+        mine = rows.get(part), columns if part == "o" else None
+        node = ResizedNode(
+            layer.out_features if mine[0] is None else len(mine[0]),
+            layer.in_features if mine[1] is None else len(mine[1]),
+            layer.bias is not None,
+        )
+        new[names[part]] = module = node.build(layer.module)
+        matrix, bias = layer.matrix().detach(), layer.bias
+        matrix = matrix if mine[0] is None else matrix[mine[0]]
+        with torch.no_grad():
+            module.fill(
+                matrix if mine[1] is None else matrix[:, mine[1]],
+                bias if bias is None or mine[0] is None else bias[mine[0]],
+                *mine,
+            )
+            _zero(layer_of(zeroed.get_submodule(names[part])), *mine)
+    inside = {part: full.removeprefix(f"{owner}.") for part, full in names.items()}
+    inside = {part: "" if own == names[part] else own for part, own in inside.items()}  # BERT's output
+    node = AttentionNode(*(inside.get(part, "") for part in ("q", "k", "v", "o", "qkv")), split)
+    new[owner] = node.build(cut.get_submodule(owner))
     engine.replace(cut, new)
     return cut, zeroed
 
 
-def _zero(layer: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
-    with torch.no_grad():
-        for kept, tensor in ((rows, layer.weight), (columns, layer.weight.T), (rows, layer.bias)):
-            if kept is not None and tensor is not None:
-                gone = torch.ones(len(tensor), dtype=torch.bool)
-                gone[kept] = False
-                tensor[gone] = 0
+def _zero(layer: Layer, rows: Tensor | None, columns: Tensor | None) -> None:
+    for kept, tensor in ((rows, layer.matrix()), (columns, layer.matrix().T), (rows, layer.bias)):
+        if kept is not None and tensor is not None:
+            gone = torch.ones(len(tensor), dtype=torch.bool)
+            gone[kept] = False
+            tensor[gone] = 0
 
 
 CUTS = [
     (name, *what)
-    for name, both in (("llama", True), ("opt", True), ("qwen3", False), ("gemma3", False))
-    for what in (((True, True), (True, False), (False, True)) if both else ((False, True),))
+    for name in ("llama", "opt", "phi3", "gpt2", "bert", "vit", "qwen3", "gemma3")
+    for what in (
+        ((False, True),) if name in ("qwen3", "gemma3") else ((True, True), (True, False), (False, True))
+    )
 ]
 
 
@@ -397,9 +420,10 @@ def test_a_sliced_model_is_the_original_with_zeroed_directions(
     torch.testing.assert_close(logits(cut, batch), logits(zeroed, batch), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3", "gpt2", "qwen3", "gemma3"])
 def test_the_cache_holds_the_reduced_widths_and_changes_nothing(name: str) -> None:
-    model, _ = sliced(name, queries=name in ("llama", "opt"), values=True)
+    normed = name in ("qwen3", "gemma3")
+    model, _ = sliced(name, queries=not normed, values=True)
     ids = TINY[name].inputs()["input_ids"]
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
@@ -407,14 +431,119 @@ def test_the_cache_holds_the_reduced_widths_and_changes_nothing(name: str) -> No
         ended = model(input_ids=ids[:, 6:], past_key_values=begun.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat([begun.logits, ended], 1), whole, **CLOSE)
     layer = begun.past_key_values.layers[0]
-    width = model.get_submodule(blocks_of(name, model)[0]).head_dim
+    width = model.get_submodule(names_of(model)[0]).head_dim
     assert layer.values.shape[-1] == 3
-    assert layer.keys.shape[-1] == (4 if name in ("llama", "opt") else width)
+    assert layer.keys.shape[-1] == (width if normed else 4)
     tokens = {
         cached: model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=cached, pad_token_id=0)
         for cached in (True, False)
     }
     assert torch.equal(tokens[True], tokens[False])
+
+
+# One matrix for queries, keys and values --------------------------------------------------------------------
+
+
+def with_separate_projections(model: Any) -> Any:
+    """The Llama that computes what a Phi-3 does."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "rms_norm_eps", "rope_parameters", "max_position_embeddings")  # fmt: skip
+    llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in kept}))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if "qkv_proj" in name:
+            split = list(layouts.split_of(model.model.layers[0].self_attn, len(tensor)))
+            parts = dict(zip(("q_proj", "k_proj", "v_proj"), tensor.split(split), strict=True))
+            state |= {name.replace("qkv_proj", part): rows for part, rows in parts.items()}
+        elif "gate_up_proj" in name:
+            gate, up = tensor.chunk(2)
+            state |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        else:
+            state[name] = tensor
+    llama.load_state_dict(state)
+    return llama.double().eval()
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Known]]:
+    """A model with fused projections and one with separate ones, each with its statistics."""
+    fused = TINY["phi3"].model(torch.float64)
+    found = {}
+    for name, model in {"fused": fused, "separate": with_separate_projections(fused)}.items():
+        modules = {site.names[0]: site.modules[0] for site in select(model)}
+        root = tmp_path_factory.mktemp(name)
+        stores = [Store(root / part) for part in ("inputs", "gradients", "probes")]
+        batches = Case("modegpt", "phi3").data(torch.float64)
+        with torch.no_grad():
+            collect.inputs(model, None, modules, batches, stores[0])
+            collect.gradients(model, None, modules, batches, stores[1], None)
+        found[name] = model, Known(*stores)
+    batch = TINY["phi3"].inputs()
+    torch.testing.assert_close(logits(found["fused"][0], batch), logits(found["separate"][0], batch), **CLOSE)
+    return found
+
+
+def groups_of(model: Any, config: MoDeGPT, role: str) -> Any:
+    (site,) = [
+        s for s in MoDeGPTMethod(config).sites(model, select(model)) if s.role == role and ".0." in s.name
+    ]
+    return {QK: QueryKey, VO: ValueOutput, ATTENTION: FusedAttention}[role](site)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "loss"])
+@pytest.mark.parametrize("widths", [(2, 5), (6, 1), (8, 3), (4, 8)])
+def test_one_matrix_is_cut_as_three_are(twins: Any, recipe: Any, widths: tuple[int, int]) -> None:
+    config = MoDeGPT(recipe=recipe, align=1)
+    model, known = twins["fused"]
+    fused = groups_of(model, config, ATTENTION)
+    ranks = dict(zip((QK, VO), widths, strict=True))
+    nodes = fused.structure(sum(widths), ranks)
+    new = {name: node.build(model.get_submodule(name)) for name, node in nodes.items()}
+    with torch.no_grad():
+        facts = fused.fill(new, known, config)
+    assert facts["ranks"] == ranks
+    split = list(nodes[fused.site.names[0]].split)
+    ours = dict(zip("qkv", new[fused.names[0]].weight.split(split), strict=True))
+    ours["o"] = new[fused.names[1]].weight if fused.names[1] in new else fused.o.matrix()
+    rows = dict(zip("qkv", new[fused.names[0]].rows.split(split), strict=True))
+    other, stats = twins["separate"]
+    for role, parts in ((QK, "qk"), (VO, "vo")):
+        group = groups_of(other, config, role)
+        theirs = {n: other.get_submodule(n) for n in group.names}
+        if ranks[role] < group.width:
+            cut = group.structure(ranks[role])
+            theirs = {n: cut[n].build(layer) for n, layer in theirs.items()}
+            with torch.no_grad():
+                group.fill(theirs, stats, config)
+        for part, layer in zip(parts, theirs.values(), strict=True):
+            torch.testing.assert_close(ours[part], layer.weight, **CLOSE)
+            offset = {"q": 0, "k": len(fused.parts["q"].weight), "v": len(fused.parts["q"].weight) * 3 // 2}
+            if part != "o" and ranks[role] < group.width:
+                assert torch.equal(rows[part] - offset[part], layer.rows)
+
+
+def test_the_options_of_one_matrix_are_sums_of_those_of_three(twins: Any) -> None:
+    config = MoDeGPT(align=1)
+    fused = groups_of(twins["fused"][0], config, ATTENTION)
+    other, stats = twins["separate"]
+    single = {}
+    for role in (QK, VO):
+        group = groups_of(other, config, role)
+        single[role] = {option.rank: option for option in group.options(stats, config)}
+        whole = sum(layer.out_features * layer.in_features for layer in group.layers)
+        single[role][group.width] = Option(None, whole, 0.0)
+    options = fused.options(twins["fused"][1], config)
+    assert len(options) > 5
+    for option in options:
+        parts = [single[role][option.ranks[role]] for role in (QK, VO)]
+        assert option.size == sum(part.size for part in parts)
+        assert option.loss == pytest.approx(sum(part.loss for part in parts), rel=1e-9)
+        assert option.rank == sum(option.ranks.values())
+
+
+# Channels ---------------------------------------------------------------------------------------------------
 
 
 def test_the_cost_of_channels_is_the_weighted_error_of_the_output() -> None:
