@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from lowrank_ft import config as configs
 from lowrank_ft import registry, sites, ties
@@ -112,9 +113,9 @@ def wrap(
         }
         recipe = {"method": stage.name, "options": configs.to_dict(stage.config), **where}
         if stage.family is Family.ADAPTER:
-            _adapt(model, stage, chosen, name, recipe)
+            _adapt(model, stage, chosen, name, recipe, (data, tokenizer, loss))
         else:
-            _compress(model, stage, chosen, recipe, data, tokenizer, loss)
+            _compress(model, stage, chosen, recipe, (data, tokenizer, loss))
     return model
 
 
@@ -600,38 +601,44 @@ def _method_for(config: MethodConfig) -> Method[Any]:
     raise ConfigError(f"{config!r} is not the config of a registered method ({', '.join(registry.methods)}).")
 
 
+Looks = tuple[Any, Any, Any]  # data, tokenizer, loss
+
+
 def _adapt(
-    model: nn.Module, method: Method[Any], chosen: Sequence[sites.Site], name: str, recipe: dict[str, Any]
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[sites.Site],
+    name: str,
+    recipe: dict[str, Any],
+    looks: Looks,
 ) -> None:
-    """Put an adapter on: plan, structure, build, values, and only then change the model."""
+    """Put an adapter on: statistics, plan, structure, build, values, and only then change the model."""
+    from lowrank_ft import pipeline  # it needs this module
+
     nodes: dict[str, Node] = {}
-    for site, share in zip(chosen, method.plan(chosen, {}, Counts(0, 0)), strict=True):
-        nodes.update(method.structure(site, share))
     if isinstance(method.config, AdapterConfig):
-        nodes.update(_copies(model, method.config.modules_to_save, nodes))
-    parts = build(model, nodes)
-    for site in chosen:
-        method.values(site, {path: parts[path] for path in site.names}, {})
+        targets = {name for site in chosen for name in site.names}
+        nodes.update(_copies(model, method.config.modules_to_save, targets))
+    with pipeline.statistics(model, method, chosen, *looks) as known:
+        for site, share in zip(chosen, method.plan(chosen, known, Counts(0, 0)), strict=True):
+            nodes.update(method.structure(site, share))
+        parts = build(model, nodes)
+        for site in tqdm(chosen, desc="Starting", unit="layer", leave=False, disable=not known):
+            method.values(site, {path: parts[path] for path in site.names}, known)
     commit(model, name, nodes, parts, recipe)
 
 
 def _compress(
-    model: nn.Module,
-    method: Method[Any],
-    chosen: list[sites.Site],
-    recipe: dict[str, Any],
-    data: Any,
-    tokenizer: Any,
-    loss: Any,
+    model: nn.Module, method: Method[Any], chosen: list[sites.Site], recipe: dict[str, Any], looks: Looks
 ) -> None:
-    from lowrank_ft import pipeline  # it needs this module, and only compressors need it
+    from lowrank_ft import pipeline
 
-    facts = pipeline.compress(model, method, chosen, data, tokenizer, loss)
+    facts = pipeline.compress(model, method, chosen, *looks)
     model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, _FACTS: facts}]
     _write_config(model)
 
 
-def _copies(model: nn.Module, patterns: Sequence[str], adapted: Mapping[str, Node]) -> dict[str, Node]:
+def _copies(model: nn.Module, patterns: Sequence[str], adapted: Collection[str]) -> dict[str, Node]:
     """Copies of the modules to train in full, and of the batch norms, whose statistics move in training."""
     saved = sites.find_modules(model, patterns, "modules_to_save")
     shared = ties.shared(stock_tensors(model))

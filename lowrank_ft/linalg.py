@@ -11,6 +11,7 @@ a truncated singular value decomposition of ``M = G^½ W C^½``, read off the sm
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -142,27 +143,46 @@ def eigenpairs(matrix: Tensor, count: int, *, randomized: bool = False) -> tuple
     Args:
         matrix: ``(n, n)``, positive semidefinite, float64.
         count: how many, from 1 to n.
-        randomized: use a range finder with four power iterations (Halko, Martinsson and Tropp 2011,
-            algorithm 4.4) where ``count`` is below an eighth of n. Its answer is kept only where every pair
-            satisfies ``‖C v − λ v‖ ≤ 1e-6 λ₁``; else the full decomposition runs.
+        randomized: try a range finder first where ``count`` is at most an eighth of n; its answer is kept
+            only where every pair satisfies ``‖C v − λ v‖ ≤ 1e-6 λ``.
 
     Returns:
         values ``(count,)`` and vectors ``(n, count)``.
     """
-    n = matrix.shape[0]
-    if randomized and 8 * count <= n:
-        generator = torch.Generator().manual_seed(0)
-        sketch = torch.randn(n, min(n, 2 * count + 8), generator=generator, dtype=torch.float64)
-        basis = sketch.to(matrix.device)
-        for _ in range(4):
-            basis, _ = torch.linalg.qr(matrix @ basis)
-        small, rotation = torch.linalg.eigh(basis.T @ (matrix @ basis))
-        values, vectors = small[-count:].flip(0), (basis @ rotation)[:, -count:].flip(1)
-        residual = (matrix @ vectors - vectors * values).norm(dim=0).max()
-        if residual <= 1e-6 * values[0]:
-            return values, vectors
+    if randomized and 8 * count <= len(matrix):
+        found = _range_finder(lambda block: matrix @ block, len(matrix), count, matrix.device)
+        if found is not None:
+            return found
     values, vectors = torch.linalg.eigh(matrix)
     return values[-count:].flip(0), vectors[:, -count:].flip(1)
+
+
+def _range_finder(
+    apply: Callable[[Tensor], Tensor], n: int, count: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Leading eigenpairs of a symmetric positive semidefinite operator by power iterations on a block.
+
+    Halko, Martinsson and Tropp 2011, algorithm 4.4. None where 16 iterations do not make every pair satisfy
+    ``‖C v − λ v‖ ≤ 1e-6 λ``, or will not at the rate of the first eight.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(n, min(n, 2 * count + 8), generator=generator, dtype=torch.float64)
+    image = apply(sketch.to(device))
+    before = math.inf
+    for checks_left in (3, 2, 1, 0):
+        for _ in range(4):
+            basis, _ = torch.linalg.qr(image)
+            image = apply(basis)
+        small, rotation = torch.linalg.eigh(basis.T @ image)
+        values, rotation = small[-count:].flip(0), rotation[:, -count:].flip(1)
+        vectors = basis @ rotation
+        residual = float(((image @ rotation - vectors * values).norm(dim=0) / values).max())
+        if residual <= 1e-6:
+            return values, vectors
+        if not residual * (residual / before) ** checks_left <= 1e-6:
+            return None
+        before = residual
+    return None
 
 
 # Factors under a metric -------------------------------------------------------------------------------------
@@ -302,6 +322,101 @@ def weighted_error(difference: Tensor, C: Tensor | None = None, G: Tensor | None
     right = D if C is None else D * C if C.dim() == 1 else D @ C
     left = D if G is None else G @ D
     return float((left * right).sum())
+
+
+# Directions of the output -----------------------------------------------------------------------------------
+
+
+def output_directions(
+    weight: Tensor, C: Tensor, rank: int, *, squared: bool, last: bool
+) -> tuple[Tensor, Tensor]:
+    """Return left singular vectors of ``W C`` or ``W C^½``: the leading ones, or the last.
+
+    The leading ones come from products with thin blocks. The last ones come from the inverse of a triangular
+    factor: in the Gram matrix of ``W C`` they would drown in the rounding error of the leading ones.
+
+    Args:
+        weight: ``(out, in)``, any float dtype.
+        C: second moment of the input, ``(in, in)``, or its diagonal ``(in,)``; float64.
+        rank: how many, from 1 to ``min(out, in)``.
+        squared: of ``W C``, for which C may be singular; otherwise of ``W C^½``.
+        last: the last of the ``min(out, in)`` vectors; otherwise the first.
+
+    Returns:
+        ``U (out, rank)`` with orthonormal columns, sign-fixed, and their singular values ``(rank,)``, in
+        descending order.
+
+    Raises:
+        NonFiniteError: a weight or a moment with NaN or infinite entries.
+    """
+    W = weight.double()
+    if not (torch.isfinite(W).all() and torch.isfinite(C).all()):
+        raise NonFiniteError("A weight or a moment has NaN or infinite entries.")
+    U, values = (_last_directions if last else _leading_directions)(W, C, rank, squared)
+    return U * _sign_of_largest(U), values
+
+
+def output_spectrum(weight: Tensor, C: Tensor, *, squared: bool) -> Tensor:
+    """Return the singular values of ``W C`` or ``W C^½``, descending, ``(min(out, in),)``."""
+    _, R = _triangle(_times_root(weight.double(), C, squared))
+    return cast(Tensor, torch.linalg.svdvals(R))
+
+
+# Squared singular values below this share of the largest are lost to rounding in a Gram matrix.
+_RESOLVED = 1e-8
+
+
+def _leading_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
+    def apply(block: Tensor) -> Tensor:
+        inner = _times(C, W.T @ block)
+        return W @ (_times(C, inner) if squared else inner)
+
+    found = _range_finder(apply, len(W), rank, W.device) if 8 * rank <= min(W.shape) else None
+    if found is not None:
+        energies, U = found
+        return U, energies.sqrt()
+    Q, R = _triangle(_times_root(W, C, squared))
+    energies, U = eigenpairs(R @ R.T, rank)
+    values = energies.clamp_min(0).sqrt()
+    if not energies[-1] > _RESOLVED * energies[0]:
+        left, values, _ = torch.linalg.svd(R)
+        U, values = left[:, :rank], values[:rank]
+    return U if Q is None else Q @ U, values
+
+
+def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
+    Q, R = _triangle(_times_root(W, C, squared))
+    pivots = R.diagonal().abs()
+    if pivots.min() > 1e-10 * pivots.max():  # so that R⁻¹ has six digits at the least
+        eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+        inverse = torch.linalg.solve_triangular(R, eye, upper=Q is not None)
+        energies, U = eigenpairs(inverse.T @ inverse, rank, randomized=True)
+        if energies[-1] > _RESOLVED * energies[0]:
+            U = U.flip(1)
+            return U if Q is None else Q @ U, energies.flip(0).rsqrt()
+    left, values, _ = torch.linalg.svd(R)
+    U = left[:, -rank:]
+    return U if Q is None else Q @ U, values[-rank:]
+
+
+def _times(C: Tensor, block: Tensor) -> Tensor:
+    """``C M``, where C may be given as its diagonal."""
+    return C @ block if C.dim() == 2 else C[:, None] * block
+
+
+def _times_root(W: Tensor, C: Tensor, squared: bool) -> Tensor:
+    """``W C``, or ``W L`` for a root ``C = L Lᵀ``, whose left singular vectors are those of ``W C^½``."""
+    if C.dim() == 1:
+        return W * (C if squared else C.sqrt())
+    return W @ (C if squared else factor_spd(C).lower)
+
+
+def _triangle(X: Tensor) -> tuple[Tensor | None, Tensor]:
+    """``X = Q R`` for more rows than columns; else None and the lower triangle ``T`` of ``X = T Q'``."""
+    if X.shape[0] > X.shape[1]:
+        return cast("tuple[Tensor, Tensor]", torch.linalg.qr(X))
+    upper = cast(Tensor, torch.linalg.qr(X.T, mode="r")[1])
+    return None, upper.T
 
 
 # Columns ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Run a compressor: statistics, plan, values, and the journal that makes it resumable.
+"""Gather what a method asks for; run a compressor: plan, values, and the journal that makes it resumable.
 
 The engine still makes every change; this file decides when.
 """
@@ -10,7 +10,8 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lowrank_ft.algorithms.base import Counts, Method, Need, Share
 from lowrank_ft.calibration import batches as batching
 from lowrank_ft.calibration import collect, stream
 from lowrank_ft.calibration.batches import Batch
+from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.calibration.store import Known, Store, write_whole
 from lowrank_ft.checkpoint import base_model
 from lowrank_ft.errors import ConfigError, StateError
@@ -39,16 +41,18 @@ _SCHEMA = 3  # of what the cache holds: a change there makes earlier caches unkn
 
 @dataclass
 class Run:
-    """One compression in progress.
+    """A method that looks at a model on data.
 
     Attributes:
-        model: the model.
-        method: the compressor.
+        model: the model, in eval mode.
+        method: the method.
         chosen: its sites.
         batches: calibration data; empty where the method needs none.
         chain: the model's blocks, if it has a chain of them.
         root: where statistics and finished layers are kept.
+        scratch: a directory that goes when the run ends.
         key: hash of the model and the data.
+        loss: what to differentiate, the caller's own; None for the default.
     """
 
     model: nn.Module
@@ -57,7 +61,9 @@ class Run:
     batches: list[Batch]
     chain: stream.Chain | None
     root: Path
+    scratch: Path
     key: str
+    loss: collect.Loss | None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -81,8 +87,54 @@ def compress(
         NonFiniteError: activations that are not finite.
         StateError: the model carries adapters, or shares a weight that is to be replaced.
     """
-    _check(model, chosen)
+    _check_replaceable(model, chosen)
+    with _begun(model, method, chosen, data, tokenizer, loss) as run:
+        return _run(run)
+
+
+@contextmanager
+def statistics(
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[Site],
+    data: Any,
+    tokenizer: Any,
+    loss: collect.Loss | None,
+) -> Iterator[Mapping[str, SiteStatistics]]:
+    """Gather what an adapter asks for, on the model without the adapters that it carries.
+
+    What is known can be read, layer by layer, until the block ends. Nothing is gathered for a method that
+    looks at nothing.
+
+    Raises:
+        ConfigError: data that is missing, or not looked at.
+        NonFiniteError: activations that are not finite.
+        StateError: a weight that is not loaded yet.
+    """
+    if not method.needs():
+        for site in chosen:
+            method.check(site)
+        yield {}
+        return
+    bare = engine.disable(model) if engine.hosts(model) else nullcontext()
+    with bare, _begun(model, method, chosen, data, tokenizer, loss) as run:
+        known = _statistics(run)
+        _warn_of_few_tokens(run, known)
+        yield known
+
+
+@contextmanager
+def _begun(
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[Site],
+    data: Any,
+    tokenizer: Any,
+    loss: collect.Loss | None,
+) -> Iterator[Run]:
+    """Check what was given, and put the model and the disk into the state that a run needs."""
     for site in chosen:
+        _check_loaded(site)
         method.check(site)
     settings = method.config.calibration
     needs = method.needs()
@@ -96,17 +148,24 @@ def compress(
     was_training = model.training
     model.eval()
     try:
-        with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-            shelf = Path(scratch) if settings.hidden_states == "disk" else None
+        with tempfile.TemporaryDirectory() as name, torch.no_grad():
+            scratch = Path(name)
+            shelf = scratch if settings.hidden_states == "disk" else None
             chain = stream.find_chain(model, batches[0], shelf) if batches else None
-            root = Path(scratch if settings.cache is None else settings.cache)
+            root = scratch if settings.cache is None else Path(settings.cache)
             key = _key(model, batches)
-            return _run(Run(model, method, chosen, batches, chain, root, key), needs, loss, Path(scratch))
+            yield Run(model, method, chosen, batches, chain, root, scratch, key, loss)
     finally:
         model.train(was_training)
 
 
-def _check(model: nn.Module, chosen: Sequence[Site]) -> None:
+def _check_loaded(site: Site) -> None:
+    for name, module in zip(site.names, site.modules, strict=True):
+        if any(p.is_meta for p in module.parameters()):
+            raise StateError(f"The weight of {name} is on the meta device: load the model's weights first.")
+
+
+def _check_replaceable(model: nn.Module, chosen: Sequence[Site]) -> None:
     """Raise ``StateError`` where the layers of these sites cannot be replaced."""
     if engine.hosts(model):
         raise StateError(
@@ -120,10 +179,6 @@ def _check(model: nn.Module, chosen: Sequence[Site]) -> None:
                 raise StateError(
                     f"{name} is compressed already: exclude it, or start from the original model."
                 )
-            if any(p.is_meta for p in module.parameters()):
-                raise StateError(
-                    f"The weight of {name} is on the meta device: load the model's weights first."
-                )
             others = ties.other_users(model, module, shared)
             if others:
                 raise StateError(
@@ -132,16 +187,16 @@ def _check(model: nn.Module, chosen: Sequence[Site]) -> None:
                 )
 
 
-def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: Path) -> list[dict[str, Any]]:
+def _run(run: Run) -> list[dict[str, Any]]:
     method, settings = run.method, run.method.config.calibration
-    store = _statistics(run, needs, loss, scratch)
+    store = _statistics(run)
     _warn_of_few_tokens(run, store)
     counts = count(run.model)
     shares = method.plan(run.chosen, store, counts)
     # What a loss of the caller's led to cannot be told from its name, so such a run starts anew.
-    journal = Journal(run, shares, run.root if loss is None else scratch)
+    journal = Journal(run, shares, run.root if run.loss is None else run.scratch)
     plan = list(zip(run.chosen, shares, strict=True))
-    if not settings.sequential or not needs:
+    if not settings.sequential or not method.needs():
         facts = [
             _solve(run, site, share, store, journal)
             for site, share in tqdm(plan, desc="Compressing", unit="site", leave=False)
@@ -155,12 +210,12 @@ def _run(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: P
     return rows
 
 
-def _statistics(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scratch: Path) -> Known:
+def _statistics(run: Run) -> Known:
     """Gather what the method asks for, or find it in the cache, under a name made of all it comes from."""
-    settings = run.method.config.calibration
+    settings, needs = run.method.config.calibration, run.method.needs()
     few = batching.take(run.batches, settings.gradient_samples)
     # What a loss of the caller's computes cannot be told from its name, so nothing made with it is kept.
-    root = run.root if loss is None else scratch
+    root = run.root if run.loss is None else run.scratch
     tail = f"{run.key}-{batching.fingerprint(few)[:16]}"
     fisher = Need.FISHER in needs
     known = Known(
@@ -172,7 +227,7 @@ def _statistics(run: Run, needs: frozenset[Need], loss: collect.Loss | None, scr
     if Need.INPUT in needs:
         collect.inputs(*given, run.batches, known.inputs)
     if fisher or Need.OUTPUT_GRADIENT in needs:
-        collect.gradients(*given, few, known.gradients, loss, fisher)
+        collect.gradients(*given, few, known.gradients, run.loss, fisher)
     if Need.SENSITIVITY in needs:
         collect.sensitivities(*given, batching.take(few, settings.probe_samples), known.probes)
     return known

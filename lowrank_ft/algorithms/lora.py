@@ -43,8 +43,8 @@ Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
 
 @dataclass(frozen=True)
-class LoRA(LowRankConfig):
-    """LoRA: a trained low-rank update beside each frozen weight."""
+class LoRAOptions(LowRankConfig):
+    """Options of every adapter that ends as a LoRA, whatever it starts from."""
 
     alpha: float | None = None
     """Scale of the update: it is multiplied by alpha/rank (or alpha/√rank). The rank itself by default."""
@@ -54,9 +54,6 @@ class LoRA(LowRankConfig):
     """"standard" is alpha/rank; "rslora" is alpha/√rank, which keeps large ranks learning."""
     dropout: float = 0.0
     """Probability of dropping an element of the update's input in training."""
-    init: Start = "kaiming"
-    """Start of A ("kaiming" uniform, "gaussian", "orthogonal", B zero), or of both from the weight: "pissa"
-    (leading singular triples) or "olora" (QR)."""
     dora: bool = False
     """Train a magnitude for each output beside the direction (DoRA)."""
 
@@ -72,6 +69,29 @@ class LoRA(LowRankConfig):
         """Return alpha for the layer ``name`` of that rank."""
         default = float(rank) if self.alpha is None else self.alpha
         return lookup(self.alpha_pattern, name, default)
+
+    def node(self, site: Site, rank: int, *, anchored: bool) -> LoRANode:
+        """Return the structure of a LoRA on a site.
+
+        Raises:
+            TargetError: dropout on an embedding.
+        """
+        name = site.names[0]
+        if layer_of(site.modules[0]).kind == "embedding" and self.dropout > 0:
+            raise TargetError(
+                f"{name} is an Embedding, whose input cannot be dropped. Exclude it, or set dropout=0."
+            )
+        alpha = self.alpha_of(name, rank)
+        return LoRANode(rank, alpha, self.scaling, self.dropout, self.dora, anchored)
+
+
+@dataclass(frozen=True)
+class LoRA(LoRAOptions):
+    """LoRA: a trained low-rank update beside each frozen weight."""
+
+    init: Start = "kaiming"
+    """Start of A ("kaiming" uniform, "gaussian", "orthogonal", B zero), or of both from the weight: "pissa"
+    (leading singular triples) or "olora" (QR)."""
 
 
 @register_node
@@ -121,6 +141,19 @@ class LoRADelta(Delta):
         self.dropout = node.dropout
         self.rescales = node.dora
 
+    @torch.no_grad()
+    def start_from(self, B: Tensor, A: Tensor) -> None:
+        """Fill the factors and, frozen, where they start: the delta is zero, and measured from there.
+
+        Args:
+            B: ``(out, rank)``.
+            A: ``(rank, in)``.
+        """
+        for tensor, values in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
+            tensor.copy_(values)
+        if self.node.dora:
+            self.magnitude.copy_(self.row_norms())
+
     def as_lora(self) -> LowRankForm:
         """Return ``(A, B)``; anchored, the exact form of rank 2r.
 
@@ -163,15 +196,8 @@ class LoRAMethod(Method[LoRA]):
 
     def structure(self, site: Site, share: Share) -> Mapping[str, LoRANode]:
         """Return one LoRA a layer."""
-        (name,), (module,) = site.names, site.modules
-        c, rank = self.config, cast(int, share.rank)
-        if layer_of(module).kind == "embedding" and c.dropout > 0:
-            raise TargetError(
-                f"{name} is an Embedding, whose input cannot be dropped. Exclude it, or set dropout=0."
-            )
-        anchored = c.init in ("pissa", "olora")
-        alpha = c.alpha_of(name, rank)
-        return {name: LoRANode(rank, alpha, c.scaling, c.dropout, c.dora, anchored)}
+        anchored = self.config.init in ("pissa", "olora")
+        return {site.names[0]: self.config.node(site, cast(int, share.rank), anchored=anchored)}
 
     def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
         """Give each layer its rank."""
@@ -186,8 +212,8 @@ class LoRAMethod(Method[LoRA]):
         with torch.no_grad():
             if delta.node.anchored:
                 _start_from_weight(delta, layer.matrix(), self.config.init)
-            else:
-                _start_at_random(delta, layer, self.config.init, generator_for(self.config.seed, name))
+                return
+            _start_at_random(delta, layer, self.config.init, generator_for(self.config.seed, name))
             if delta.node.dora:
                 delta.magnitude.copy_(delta.row_norms())
 
@@ -219,5 +245,4 @@ def _start_from_weight(delta: LoRADelta, W: Tensor, start: Start) -> None:
         B, A = U * root, root[:, None] * Vt
     else:  # OLoRA leaves the scale out: its base loses scale · Q R
         B, A = linalg.thin_qr(W, rank)
-    for tensor, values in ((delta.A, A), (delta.B, B), (delta.A0, A), (delta.B0, B)):
-        tensor.copy_(values)
+    delta.start_from(B, A)

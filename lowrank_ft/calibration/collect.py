@@ -127,6 +127,7 @@ class _Listener:
         self.given: Tensor | None = None
         self.mask: Tensor | None = None
         self.distance = self.count = 0.0
+        self.reading = False
 
     @contextmanager
     def listening(self, batch: Batch) -> Iterator[None]:
@@ -142,15 +143,24 @@ class _Listener:
             yield
 
     def _hear(self, name: str, x: Tensor, seen: list[tuple[Tensor, str]]) -> None:
-        leader = next((other for tensor, other in seen if tensor is x), name)
+        if self.reading:  # a convolution's patches come from its own forward
+            return
+        leader = next((other for tensor, other in seen if tensor is x and self._alike(other, name)), name)
         self.leaders[name] = leader
         if leader != name:
             return
         seen.append((x, name))
         layer = self.layers[name]
+        self.reading = True
+        rows = layer.rows(x)
+        self.reading = False
         diagonal = layer.kind == "embedding"
         running = self.moments.setdefault(name, Moments(layer.in_features, diagonal=diagonal))
-        running.add(rows_of(layer, x, self.mask))
+        running.add(rows_of(layer, rows, self.mask))
+
+    def _alike(self, one: str, other: str) -> bool:
+        """Whether two layers with one input see the same rows: convolutions differ in their patches."""
+        return "conv" not in (self.layers[one].kind, self.layers[other].kind)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.given = stream.given_to(args, kwargs)

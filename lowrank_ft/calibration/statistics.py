@@ -142,8 +142,8 @@ def rows_of(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
 
     Args:
         layer: whose tensor it is.
-        x: ``(batch, tokens, features)``, or anything whose last dimension is features; token ids for the
-            input of an embedding.
+        x: ``(batch, tokens, features)``, or anything whose last dimension is features (``Layer.rows``);
+            token ids for the input of an embedding.
         mask: ``(batch, tokens)``, true where a position is real.
     """
     is_ids = not x.is_floating_point()

@@ -93,6 +93,10 @@ class Layer(ABC):
         """Apply an ``out × in`` matrix to ``x`` the way the layer applies its own."""
         return self.run(x, self._cast(self.to_weight(matrix), x))
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Turn an input into what the matrix multiplies: ``(…, in_features)``; token ids stay as they are."""
+        return x
+
     def per_channel(self, vector: Tensor) -> Tensor:
         """Shape one value for each output feature so that it broadcasts over the layer's output."""
         return vector
@@ -236,6 +240,19 @@ class ConvLayer(Layer):
 
     def to_weight(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(-1, *self.weight.shape[1:])
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The patches, by the layer's own forward (stride, padding) with one kernel for each entry.
+
+        Raises:
+            TargetError: a convolution with groups, whose matrix multiplies other patches in each.
+        """
+        if self.module.groups > 1:
+            raise TargetError(
+                f"A convolution with groups={self.module.groups} has no one matrix of patches: exclude it."
+            )
+        eye = torch.eye(self.in_features, dtype=x.dtype, device=x.device)
+        return self.run(x, self.to_weight(eye)).movedim(1, -1)
 
     def per_channel(self, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * (self.weight.dim() - 2))

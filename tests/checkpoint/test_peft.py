@@ -15,6 +15,7 @@ from torch import nn
 import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.errors import CheckpointError, StateError
+from tests.contract.cases import Case
 from tests.tiny import TINY, logits, perturb
 
 pytestmark = [
@@ -46,6 +47,17 @@ def options(way: str, model: str) -> dict[str, Any]:
     if model == "convnext":  # PEFT convolves depthwise layers in another way; see below
         chosen["targets"] = "all-linear"
     return chosen
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_peft_loads_corda_on_the_untouched_base(name: str, tmp_path: Path) -> None:
+    """As a LoRA of twice the rank, with no need to know what it started from."""
+    case = Case("corda", name, options={"rank": 2, "alpha": 5.0, "scaling": "rslora"})
+    model, batch = perturb(case.wrap(case.tiny.model())), case.tiny.inputs()
+    lowrank_ft.export(model, tmp_path / "peft", "peft")
+    theirs = PeftModel.from_pretrained(case.tiny.model(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs, batch), logits(model, batch), **CLOSE)
+    assert theirs.peft_config["default"].r == 4
 
 
 @pytest.mark.parametrize(("way", "name"), CASES)

@@ -25,6 +25,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "dora": {"dora": True},
         "dora-pissa": {"dora": True, "init": "pissa", "alpha": 5.0},
     },
+    "corda": {
+        "knowledge": {"mode": "knowledge"},
+        "output": {"objective": "output", "mode": "knowledge", "scaling": "rslora", "alpha": 3.0},
+        "paper": {"factors": "paper", "dropout": 0.3},
+        "dora": {"dora": True},
+        "budget": {"budget": 3000},
+    },
     "lord": {
         "output": {"objective": "output"},
         "probe": {"objective": "output", "allocation": "probe"},
@@ -70,10 +77,20 @@ class Case:
 
     def wrap(self, model: nn.Module, name: str = "default", **more: Any) -> nn.Module:
         options = {**self.options, **more}
-        cls = methods[self.method]
-        if cls(cls.Config(**{k: v for k, v in options.items() if k in ("objective",)})).needs():
+        if self.looks:
             options.setdefault("data", self.data(next(model.parameters()).dtype))
-        return lowrank_ft.wrap(model, self.method, name=name, targets=self.targets(), **options)
+        where = {"targets": self.targets(), "exclude": self.exclude()}
+        return lowrank_ft.wrap(model, self.method, name=name, **where, **options)
+
+    def exclude(self) -> tuple[str, ...]:
+        """What cannot be a target: outputs of a grouped convolution see different inputs."""
+        return ("dwconv",) if self.method == "corda" and self.model == "convnext" else ()
+
+    @property
+    def looks(self) -> bool:
+        """Whether the method asks for data with these options."""
+        cls = methods[self.method]
+        return bool(cls(cls.Config(**{k: v for k, v in self.options.items() if k == "objective"})).needs())
 
     def data(self, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
         """Calibration batches, enough that no second moment is singular."""

@@ -253,11 +253,18 @@ def test_bad_input_changes_nothing(case: Case) -> None:
         (TargetError, "matches no layer", {"targets": "no_such_layer"}),
         (TargetError, "matches no module", {"exclude": "no_such_layer"}),
         (TargetError, "asks for blocks", {"layers": [99]}),
-        (ConfigError, "takes no calibration data", {"data": [1]}),
         (ConfigError, "cannot be called", {"name": "a.b"}),
         (TargetError, "matches no module", {"modules_to_save": ["no_such_module"]}),
     ]
-    if issubclass(methods[case.method].Config, LowRankConfig):
+    if case.looks:
+        attempts += [
+            (ConfigError, "looks at calibration data: pass data=", {"data": None}),
+            (ConfigError, "must be dicts of tensors or texts, but one is a int", {"data": [1]}),
+            (ConfigError, "looks at no loss: leave out loss=", {"loss": lambda *_: None}),
+        ]
+    else:
+        attempts.append((ConfigError, "takes no calibration data", {"data": [1]}))
+    if issubclass(methods[case.method].Config, LowRankConfig) and "budget" not in case.options:
         attempts += [
             (ConfigError, "must be at least 1, but rank is 0", {"rank": 0}),
             (ConfigError, "must be at least 1, but rank is -4", {"rank": -4}),
@@ -265,7 +272,8 @@ def test_bad_input_changes_nothing(case: Case) -> None:
             (TargetError, "rank_pattern 'nope' matches none", {"rank_pattern": {"nope": 2}}),
         ]
     for error, message, change in attempts:
-        options = {"targets": case.targets(), **case.options, **change}
+        options = {"targets": case.targets(), "exclude": case.exclude(), **case.options}
+        options.update({"data": case.data()} if case.looks else {}, **change)
         with pytest.raises(error, match=message):
             lowrank_ft.wrap(model, case.method, **options)
         assert_same_state(model, before)

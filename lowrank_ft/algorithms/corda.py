@@ -1,0 +1,184 @@
+"""CorDA: a LoRA that starts in the directions of the output that a text uses most, or least.
+
+Yang et al. 2024, arXiv 2406.05223. With ``C = E[x xᵀ]`` the second moment of a layer's input on some text
+and ``W C = U S Vᵀ``, the paper starts from ``B A = U_r S_r V_rᵀ C⁻¹`` (equations 3–5) with the *first* r
+triples, so that training begins where the text's energy is ("instruction previewed"), or with the *last* r,
+so that it changes least what the text needs ("knowledge preserved").
+
+The inverse cancels: ``U_rᵀ W C C⁻¹ = U_rᵀ W``. So ``B A = U_r U_rᵀ W``, the weight projected on directions of
+its output; nothing is inverted, and C may be singular.
+
+The base is not changed. The start ``B₀ A₀`` is kept, frozen, and the delta is ``scale · (B A − B₀ A₀)``: it
+trains as the paper's form does, is exactly zero at the start, and leaves the base to other adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+
+from lowrank_ft import linalg
+from lowrank_ft.algorithms.base import Counts, Family, Method, Need, Share, Statistics
+from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, LoRAOptions
+from lowrank_ft.calibration.batches import Calibration
+from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
+from lowrank_ft.registry import register_method
+from lowrank_ft.sites import Site, check_patterns
+
+
+@dataclass(frozen=True)
+class CorDA(LoRAOptions):
+    """CorDA: a LoRA that starts where a text's energy is, or where it is not."""
+
+    mode: Literal["knowledge", "instruction"] = "instruction"
+    """"instruction": start in the directions that the calibration text (the task's own) uses most;
+    "knowledge": in those that it (text of what is to be kept) uses least."""
+    objective: Literal["covariance", "output"] = "covariance"
+    """Directions of W C (the paper), or of W C^½: the principal components of the layer's output."""
+    factors: Literal["balanced", "paper"] = "balanced"
+    """How the start is split in two: evenly, whatever the scale of the activations; or as U √S and
+    √S Vᵀ C⁻¹, whose balance depends on it."""
+    budget: int | None = None
+    """Numbers to train in all, in place of one rank: each layer gets its share by the spectrum of its output
+    on the calibration text."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """The data that the method looks at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.rank_pattern:
+            raise ConfigError("budget decides every layer's rank: leave out rank_pattern, or budget.")
+        if self.calibration.sequential:
+            raise ConfigError("calibration.sequential is for compressors: an adapter changes no layer.")
+
+
+@register_method
+class CorDAMethod(Method[CorDA]):
+    """LoRA with a start made from a text."""
+
+    name = "corda"
+    family = Family.ADAPTER
+    Config = CorDA
+
+    def needs(self) -> frozenset[Need]:
+        """Second moments of the inputs."""
+        return frozenset({Need.INPUT})
+
+    def sites(self, model: nn.Module, chosen: list[Site]) -> list[Site]:
+        """Return the targeted layers.
+
+        Raises:
+            TargetError: a pattern in the config that matches none of them.
+        """
+        names = [site.names[0] for site in chosen]
+        check_patterns(self.config.alpha_pattern, names, "alpha_pattern")
+        check_patterns(self.config.rank_pattern, names, "rank_pattern")
+        return chosen
+
+    def check(self, site: Site) -> None:
+        """Refuse ranks that are too large, and convolutions with groups, before anything is gathered."""
+        (name,), (module,) = site.names, site.modules
+        layer = layer_of(module, name)
+        if isinstance(layer, ConvLayer) and layer.module.groups > 1:
+            raise TargetError(
+                f"{name} is a convolution with groups={layer.module.groups}, whose outputs see different "
+                f"inputs, so it has no one second moment: exclude it."
+            )
+        self.config.node(site, 1, anchored=True)
+        if self.config.budget is None:
+            self._rank(site)
+
+    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+        """Give each layer its rank.
+
+        Raises:
+            ConfigError: a rank above min(out, in) of its layer; a budget below rank 1 for all.
+        """
+        if self.config.budget is None:
+            return super().plan(sites, statistics, counts)
+        layers = [layer_of(site.modules[0]) for site in sites]
+        spectra = [
+            linalg.output_spectrum(
+                layer.matrix(), self._moment(site, layer, statistics), squared=self._squared
+            )
+            for site, layer in zip(sites, layers, strict=True)
+        ]
+        prices = [layer.out_features + layer.in_features for layer in layers]
+        ranks = spread(spectra, prices, self.config.budget, smallest=self.config.mode == "knowledge")
+        return [Share(rank) for rank in ranks]
+
+    def structure(self, site: Site, share: Share) -> Mapping[str, LoRANode]:
+        """Return one LoRA a layer, measured from its start."""
+        return {site.names[0]: self.config.node(site, cast(int, share.rank), anchored=True)}
+
+    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
+        """Start from the weight, projected on directions of its output; the delta is zero."""
+        delta, layer = cast(LoRADelta, new[site.names[0]]), layer_of(site.modules[0])
+        weight, C = layer.matrix().detach().double(), self._moment(site, layer, statistics)
+        last = self.config.mode == "knowledge"
+        U, S = linalg.output_directions(weight, C, delta.node.rank, squared=self._squared, last=last)
+        factors = linalg.Factors(U, U.T @ weight)
+        if self.config.factors == "balanced":
+            factors = factors.balanced()
+        else:
+            zero = 1e-14 * float(weight.norm() * C.norm())  # what rounding alone makes of a zero
+            if S[-1] <= zero:
+                raise ConfigError(
+                    f"The second moment of the input of {site.names[0]} is singular, where factors='paper' "
+                    f"is not defined: use more calibration data, or factors='balanced'."
+                )
+            factors = linalg.Factors(U * S.sqrt(), factors.A / S.sqrt()[:, None])
+        root = delta.node.scale**0.5
+        delta.start_from(factors.B / root, factors.A / root)
+
+    @property
+    def _squared(self) -> bool:
+        return self.config.objective == "covariance"
+
+    @staticmethod
+    def _moment(site: Site, layer: Layer, statistics: Statistics) -> Tensor:
+        return statistics[site.names[0]].C.to(layer.weight.device)
+
+
+def spread(spectra: Sequence[Tensor], prices: Sequence[int], budget: int, *, smallest: bool) -> list[int]:
+    """Spend a budget on ranks by what each further direction holds of its layer's energy, for its price.
+
+    Every layer's energies are relative to its own sum, and every layer gets at least rank 1. The answer is
+    optimal up to the last direction that does not fit, since a layer's directions come in the order of their
+    energies.
+
+    Args:
+        spectra: each layer's singular values, descending.
+        prices: what one rank costs each layer.
+        budget: what all may cost.
+        smallest: take the least energy, from the end of each spectrum; otherwise the most, from its start.
+
+    Returns:
+        each layer's rank.
+
+    Raises:
+        ConfigError: the budget is below rank 1 for every layer.
+    """
+    left = budget - sum(prices)
+    if left < 0:
+        raise ConfigError(
+            f"The budget of {budget:,} is below {sum(prices):,}, what rank 1 takes in every layer: raise it, "
+            f"or target fewer layers."
+        )
+    offers = []
+    for i, (values, price) in enumerate(zip(spectra, prices, strict=True)):
+        energies = values.square() / values.square().sum().clamp_min(1e-300)
+        ordered = energies.flip(0) if smallest else -energies
+        offers += [(value / price, i) for value in ordered.tolist()[1:]]
+    ranks, closed = [1] * len(spectra), set()
+    for _, i in sorted(offers):
+        if i in closed or prices[i] > left:
+            closed.add(i)  # its later directions start from this one
+            continue
+        ranks[i] += 1
+        left -= prices[i]
+    return ranks
