@@ -28,6 +28,8 @@ class ExportConfig:
     format: str = "peft"
     """"peft" (a LoRA for the unmodified base), "dense" (stock weights of the stock sizes, adapter folded in),
     "hf-uniform" (a stock model with smaller MLPs) or "deci" (MLPs of several widths, as block_configs)."""
+    rank: int | None = None
+    """For "peft": replace updates of a larger rank by the nearest of this one; the error is printed."""
     dtype: str = "auto"
     """"auto" (as saved), "float32", "bfloat16" or "float16"."""
 
@@ -109,7 +111,7 @@ def _evaluate(args: Sequence[str]) -> None:
 
 def _export(args: Sequence[str]) -> None:
     config = parse(ExportConfig, args, "export")
-    _write(config.model, config.adapter, config.output, config.format, config.dtype)
+    _write(config.model, config.adapter, config.output, config.format, config.dtype, config.rank)
 
 
 def _merge(args: Sequence[str]) -> None:
@@ -117,14 +119,18 @@ def _merge(args: Sequence[str]) -> None:
     _write(config.model, config.adapter, config.output, "dense", config.dtype)
 
 
-def _write(model: str, adapter: str | None, output: str, format: str, dtype: str) -> None:
+def _write(
+    model: str, adapter: str | None, output: str, format: str, dtype: str, rank: int | None = None
+) -> None:
     from lowrank_ft import checkpoint, models
 
     checkpoint.check_format(format)
     loaded, tokenizer = models.load_any(model, adapter, dtype)
-    checkpoint.export(loaded, output, format, tokenizer=tokenizer)
+    facts = checkpoint.export(loaded, output, format, tokenizer=tokenizer, rank=rank)
     size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
     print(f"Wrote {output} ({format}, {size:,} bytes).")
+    for what, value in facts.items():
+        print(f"{what.capitalize()}: {value:.4g}.")
 
 
 def _inspect(args: Sequence[str]) -> None:

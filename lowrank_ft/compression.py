@@ -120,7 +120,10 @@ def compress(config: CompressConfig) -> CompressResult:
     output = Path(config.output)
     model, tokenizer = models.load_causal_lm(config.model.path, config.model.dtype, "auto")
     model.eval()
-    corpora = {name: windows(path, tokenizer, config) for name, path in config.eval.items()}
+    corpora = {
+        name: evaluation.windows_of(path, tokenizer, config.window, config.windows)
+        for name, path in config.eval.items()
+    }
     steps = [measure("dense", model, corpora, config, 0.0)]
     for stage in stages:
         started = time.perf_counter()
@@ -170,13 +173,11 @@ def _describe(stage: Stage) -> str:
 
 def _run(stage: Stage, model: nn.Module, tokenizer: Any, config: CompressConfig) -> None:
     where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
-    if stage.train is not None:
-        engine.wrap(model, stage.config, **where)
-        _train(model, tokenizer, stage.train, config)
-        return
-    needs = bool(registry.methods[stage.name](stage.config).needs())
+    needs = engine.calibration_of(stage.config) is not None
     looks = {"data": data.read(config.data, None, "train"), "tokenizer": tokenizer} if needs else {}
     engine.wrap(model, stage.config, **where, **looks)
+    if stage.train is not None:
+        _train(model, tokenizer, stage.train, config)
 
 
 def _train(model: nn.Module, tokenizer: Any, train: TrainConfig, config: CompressConfig) -> None:
@@ -203,18 +204,6 @@ def _train(model: nn.Module, tokenizer: Any, train: TrainConfig, config: Compres
 
 
 # Measuring --------------------------------------------------------------------------------------------------
-
-
-def windows(path: str, tokenizer: Any, config: CompressConfig) -> Tensor:
-    """Return windows spread evenly over a text, ``(windows, window)``.
-
-    Raises:
-        ConfigError: too little text for one window.
-    """
-    ids = data.text_ids(data.read(path, None, "train")["text"], tokenizer)
-    if len(ids) < config.window:
-        raise ConfigError(f"{path} has {len(ids)} tokens, too few for a window of {config.window}.")
-    return evaluation.spread_windows(ids, config.window, config.windows)
 
 
 def measure(

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from lowrank_ft import config as configs
 from lowrank_ft import registry, sites, ties
 from lowrank_ft.algorithms.base import AdapterConfig, Counts, Family, Method, MethodConfig
+from lowrank_ft.calibration.batches import Calibration
 from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetError, did_you_mean
 from lowrank_ft.manifest import Node, describe, replacements, to_json
 from lowrank_ft.modules.adapted import Adapted
@@ -260,6 +261,12 @@ def unload(model: ModelT) -> ModelT:
 
 
 # What other files ask of the engine -------------------------------------------------------------------------
+
+
+def calibration_of(config: MethodConfig) -> Calibration | None:
+    """Return how much data a method looks at with these options; None where it looks at none."""
+    found: Calibration | None = getattr(config, "calibration", None)
+    return found if _method_for(config).needs() else None
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:

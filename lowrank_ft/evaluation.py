@@ -109,6 +109,24 @@ def spread_windows(ids: Tensor, length: int, count: int) -> Tensor:
     return blocks if count >= len(blocks) else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 
 
+def windows_of(path: str, tokenizer: Any, length: int, count: int) -> Tensor:
+    """Return windows spread evenly over a text, ``(count, length)``, or fewer where there is less.
+
+    Args:
+        path: as in :func:`lowrank_ft.data.read`; its column ``text``.
+        tokenizer: turns text into tokens.
+        length: tokens of a window.
+        count: at most so many.
+
+    Raises:
+        ConfigError: too little text for one window.
+    """
+    ids = data.text_ids(data.read(path, None, "train")["text"], tokenizer)
+    if len(ids) < length:
+        raise ConfigError(f"{path} has {len(ids)} tokens, too few for a window of {length}.")
+    return spread_windows(ids, length, count)
+
+
 def window_loss(model: nn.Module, windows: Tensor, what: str, batch_size: int = 4) -> float:
     """Return the mean loss over windows of text, in nats per token; a window's first token is not scored.
 

@@ -143,45 +143,57 @@ def eigenpairs(matrix: Tensor, count: int, *, randomized: bool = False) -> tuple
     Args:
         matrix: ``(n, n)``, positive semidefinite, float64.
         count: how many, from 1 to n.
-        randomized: try a range finder first where ``count`` is at most an eighth of n; its answer is kept
-            only where every pair satisfies ``‖C v − λ v‖ ≤ 1e-6 λ``.
+        randomized: try block Krylov first where ``count`` is at most an eighth of n (:func:`krylov`).
 
     Returns:
         values ``(count,)`` and vectors ``(n, count)``.
     """
-    if randomized and 8 * count <= len(matrix):
-        found = _range_finder(lambda block: matrix @ block, len(matrix), count, matrix.device)
+    if randomized:
+        found = krylov(lambda block: matrix @ block, len(matrix), count, matrix.device)
         if found is not None:
             return found
     values, vectors = torch.linalg.eigh(matrix)
     return values[-count:].flip(0), vectors[:, -count:].flip(1)
 
 
-def _range_finder(
+def krylov(
     apply: Callable[[Tensor], Tensor], n: int, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """Leading eigenpairs of a symmetric positive semidefinite operator by power iterations on a block.
+    """Return leading eigenpairs of a symmetric positive semidefinite operator, by a block Krylov space.
 
-    Halko, Martinsson and Tropp 2011, algorithm 4.4. None where 16 iterations do not make every pair satisfy
-    ``‖C v − λ v‖ ≤ 1e-6 λ``, or will not at the rate of the first eight.
+    Musco and Musco 2015, arXiv 1504.05477, algorithm 2, with every new block made orthogonal to those before
+    it, which keeps the images, so that residuals are known at every step.
+
+    Args:
+        apply: multiplies a block ``(n, b)``, in float64.
+        n: size of the operator.
+        count: how many pairs.
+        device: where blocks live.
+
+    Returns:
+        values ``(count,)``, descending, and vectors ``(n, count)``, every pair with
+        ``‖M v − λ v‖ ≤ 1e-6 λ``; None where twelve blocks are not enough, or where they would be more than
+        half of the whole space.
     """
+    width = count + 8
+    if 8 * count > n:
+        return None
     generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(n, min(n, 2 * count + 8), generator=generator, dtype=torch.float64)
-    image = apply(sketch.to(device))
-    before = math.inf
-    for checks_left in (3, 2, 1, 0):
-        for _ in range(4):
-            basis, _ = torch.linalg.qr(image)
-            image = apply(basis)
-        small, rotation = torch.linalg.eigh(basis.T @ image)
+    block = torch.randn(n, width, generator=generator, dtype=torch.float64).to(device)
+    basis, images = block.new_empty(n, 0), block.new_empty(n, 0)
+    for step in range(1, min(12, n // (2 * width)) + 1):
+        for _ in range(2):  # once leaves what rounding made of the part that was taken out
+            block, _ = torch.linalg.qr(block - basis @ (basis.T @ block))
+        image = apply(block)
+        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
+        block = image
+        if step < 3:
+            continue
+        small, rotation = torch.linalg.eigh(basis.T @ images)
         values, rotation = small[-count:].flip(0), rotation[:, -count:].flip(1)
         vectors = basis @ rotation
-        residual = float(((image @ rotation - vectors * values).norm(dim=0) / values).max())
-        if residual <= 1e-6:
+        if ((images @ rotation - vectors * values).norm(dim=0) <= 1e-6 * values).all():
             return values, vectors
-        if not residual * (residual / before) ** checks_left <= 1e-6:
-            return None
-        before = residual
     return None
 
 
@@ -200,11 +212,16 @@ class Factors:
     B: Tensor
     A: Tensor
 
-    def balanced(self) -> Factors:
-        """Return the same product with ``BᵀB = A Aᵀ = Σ``, the singular values of the product."""
+    def balanced(self, rank: int | None = None) -> Factors:
+        """Return the same product with ``BᵀB = A Aᵀ = Σ``, the singular values of the product.
+
+        Args:
+            rank: return the nearest product of this rank instead.
+        """
         q_b, r_b = torch.linalg.qr(self.B)
         q_a, r_a = torch.linalg.qr(self.A.T)
-        u, s, vt = truncated_svd(r_b @ r_a.T, r_b.shape[0])
+        middle = r_b @ r_a.T
+        u, s, vt = truncated_svd(middle, min(middle.shape) if rank is None else rank)
         return Factors(q_b @ (u * s.sqrt()), (s.sqrt()[:, None] * vt) @ q_a.T)
 
 
@@ -350,7 +367,8 @@ def output_directions(
         NonFiniteError: a weight or a moment with NaN or infinite entries.
     """
     W = weight.double()
-    if not (torch.isfinite(W).all() and torch.isfinite(C).all()):
+    scale = C if C.dim() == 1 else C.diagonal()  # a semidefinite matrix is finite where its diagonal is
+    if not (torch.isfinite(W).all() and torch.isfinite(scale).all()):
         raise NonFiniteError("A weight or a moment has NaN or infinite entries.")
     U, values = (_last_directions if last else _leading_directions)(W, C, rank, squared)
     return U * _sign_of_largest(U), values
@@ -358,8 +376,7 @@ def output_directions(
 
 def output_spectrum(weight: Tensor, C: Tensor, *, squared: bool) -> Tensor:
     """Return the singular values of ``W C`` or ``W C^½``, descending, ``(min(out, in),)``."""
-    _, R = _triangle(_times_root(weight.double(), C, squared))
-    return cast(Tensor, torch.linalg.svdvals(R))
+    return cast(Tensor, torch.linalg.svdvals(_times_root(weight.double(), C, squared)))
 
 
 # Squared singular values below this share of the largest are lost to rounding in a Gram matrix.
@@ -371,32 +388,44 @@ def _leading_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple
         inner = _times(C, W.T @ block)
         return W @ (_times(C, inner) if squared else inner)
 
-    found = _range_finder(apply, len(W), rank, W.device) if 8 * rank <= min(W.shape) else None
+    found = krylov(apply, len(W), rank, W.device)
     if found is not None:
-        energies, U = found
-        return U, energies.sqrt()
-    Q, R = _triangle(_times_root(W, C, squared))
-    energies, U = eigenpairs(R @ R.T, rank)
-    values = energies.clamp_min(0).sqrt()
+        return found[1], found[0].sqrt()
+    X = _times_root(W, C, squared)
+    wide = X.shape[0] <= X.shape[1]
+    energies, vectors = eigenpairs(X @ X.T if wide else X.T @ X, rank)
     if not energies[-1] > _RESOLVED * energies[0]:
-        left, values, _ = torch.linalg.svd(R)
-        U, values = left[:, :rank], values[:rank]
-    return U if Q is None else Q @ U, values
+        left, values, _ = torch.linalg.svd(X, full_matrices=False)
+        return left[:, :rank], values[:rank]
+    values = energies.sqrt()
+    return (vectors if wide else X @ vectors / values), values
 
 
 def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
-    Q, R = _triangle(_times_root(W, C, squared))
+    X = _times_root(W, C, squared)
+    wide = X.shape[0] <= X.shape[1]
+    R: Tensor = torch.linalg.qr(X.T if wide else X, mode="r")[1]
+    T = R.T if wide else R  # X = Rᵀ Qᵀ or Q R, so T has X's singular values, and its left vectors but for Q
+
+    def inverse(block: Tensor) -> Tensor:
+        """``(T Tᵀ)⁻¹ M``: in an inverse the last directions come first."""
+        half = torch.linalg.solve_triangular(T, block, upper=not wide)
+        return cast(Tensor, torch.linalg.solve_triangular(T.T, half, upper=wide))
+
     pivots = R.diagonal().abs()
-    if pivots.min() > 1e-10 * pivots.max():  # so that R⁻¹ has six digits at the least
-        eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
-        inverse = torch.linalg.solve_triangular(R, eye, upper=Q is not None)
-        energies, U = eigenpairs(inverse.T @ inverse, rank, randomized=True)
-        if energies[-1] > _RESOLVED * energies[0]:
-            U = U.flip(1)
-            return U if Q is None else Q @ U, energies.flip(0).rsqrt()
-    left, values, _ = torch.linalg.svd(R)
-    U = left[:, -rank:]
-    return U if Q is None else Q @ U, values[-rank:]
+    found = None
+    if pivots.min() > 1e-10 * pivots.max():  # so that the inverse has six digits at the least
+        found = krylov(inverse, len(T), rank, T.device)
+    if found is None:
+        left, values, _ = torch.linalg.svd(T)
+        U, values = left[:, -rank:], values[-rank:]
+    else:
+        U, values = found[1].flip(1), found[0].flip(0).rsqrt()
+    if wide:
+        return U, values
+    return torch.linalg.qr(X)[0] @ U if found is None else X @ torch.linalg.solve_triangular(
+        T, U, upper=True
+    ), values
 
 
 def _times(C: Tensor, block: Tensor) -> Tensor:
@@ -409,14 +438,6 @@ def _times_root(W: Tensor, C: Tensor, squared: bool) -> Tensor:
     if C.dim() == 1:
         return W * (C if squared else C.sqrt())
     return W @ (C if squared else factor_spd(C).lower)
-
-
-def _triangle(X: Tensor) -> tuple[Tensor | None, Tensor]:
-    """``X = Q R`` for more rows than columns; else None and the lower triangle ``T`` of ``X = T Q'``."""
-    if X.shape[0] > X.shape[1]:
-        return cast("tuple[Tensor, Tensor]", torch.linalg.qr(X))
-    upper = cast(Tensor, torch.linalg.qr(X.T, mode="r")[1])
-    return None, upper.T
 
 
 # Columns ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ class Run:
         method: the method.
         chosen: its sites.
         batches: calibration data; empty where the method needs none.
-        chain: the model's blocks, if it has a chain of them.
         root: where statistics and finished layers are kept.
         scratch: a directory that goes when the run ends.
         key: hash of the model and the data.
@@ -59,13 +59,18 @@ class Run:
     method: Method[Any]
     chosen: list[Site]
     batches: list[Batch]
-    chain: stream.Chain | None
     root: Path
     scratch: Path
     key: str
     loss: collect.Loss | None
 
-    @property
+    @cached_property
+    def chain(self) -> stream.Chain | None:
+        """The model's blocks, if it has a chain of them; found by a forward."""
+        shelf = self.scratch if self.method.config.calibration.hidden_states == "disk" else None
+        return stream.find_chain(self.model, batching.take(self.batches, 1)[0], shelf)
+
+    @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The targeted layers by name, in module order."""
         layers = {n: m for site in self.chosen for n, m in site.layers.items()}
@@ -150,11 +155,9 @@ def _begun(
     try:
         with tempfile.TemporaryDirectory() as name, torch.no_grad():
             scratch = Path(name)
-            shelf = scratch if settings.hidden_states == "disk" else None
-            chain = stream.find_chain(model, batches[0], shelf) if batches else None
             root = scratch if settings.cache is None else Path(settings.cache)
             key = _key(model, batches)
-            yield Run(model, method, chosen, batches, chain, root, scratch, key, loss)
+            yield Run(model, method, chosen, batches, root, scratch, key, loss)
     finally:
         model.train(was_training)
 
@@ -223,13 +226,17 @@ def _statistics(run: Run) -> Known:
         Store(root / f"{'fisher' if fisher else 'gradients'}-{tail}"),
         Store(run.root / f"probes-{tail}-{settings.probe_samples}"),
     )
-    given = run.model, run.chain, run.modules
-    if Need.INPUT in needs:
-        collect.inputs(*given, run.batches, known.inputs)
-    if fisher or Need.OUTPUT_GRADIENT in needs:
-        collect.gradients(*given, few, known.gradients, run.loss, fisher)
-    if Need.SENSITIVITY in needs:
-        collect.sensitivities(*given, batching.take(few, settings.probe_samples), known.probes)
+
+    def missing(need: bool, store: Store) -> bool:
+        return need and not store.names() >= set(run.modules)
+
+    if missing(Need.INPUT in needs, known.inputs):
+        collect.inputs(run.model, run.chain, run.modules, run.batches, known.inputs)
+    if missing(fisher or Need.OUTPUT_GRADIENT in needs, known.gradients):
+        collect.gradients(run.model, run.chain, run.modules, few, known.gradients, run.loss, fisher)
+    if missing(Need.SENSITIVITY in needs, known.probes):
+        probes = batching.take(few, settings.probe_samples)
+        collect.sensitivities(run.model, run.chain, run.modules, probes, known.probes)
     return known
 
 

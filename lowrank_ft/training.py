@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, reporting
@@ -162,6 +163,14 @@ class FinetuneConfig:
     """Name of the adapter."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to train."""
+    calibration_data: str | None = None
+    """Text for methods that look at data (CorDA); the training data by default."""
+    keep: dict[str, str] = field(default_factory=dict)
+    """Held-out text of what is not to be forgotten, by name: its perplexity is measured before and after."""
+    keep_windows: int = 16
+    """Windows of each such text, spread evenly over it."""
+    keep_window: int = 512
+    """Tokens of a window."""
     check_reload: bool = True
     """Load the saved adapter in a fresh process and compare its logits before calling it done."""
     seed: int = 0
@@ -175,6 +184,7 @@ class FinetuneResult:
     Attributes:
         before: held-out loss of the base model.
         after: held-out loss with the trained adapter.
+        kept: by name of a text in ``keep``, its loss in nats per token before and after.
         steps: optimiser steps.
         tokens_per_second: training tokens over training time (evaluation and checkpoints left out).
         train_seconds: that time.
@@ -189,6 +199,7 @@ class FinetuneResult:
 
     before: evaluation.Loss
     after: evaluation.Loss
+    kept: dict[str, tuple[float, float]]
     steps: int
     tokens_per_second: float
     train_seconds: float
@@ -219,7 +230,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     arguments = training_arguments(config)
     set_seed(config.seed)
     with arguments.main_process_first(desc="preparing the data"):  # the others find it in the cache
-        model, tokenizer, train_set, eval_set = _prepare(config)
+        model, tokenizer, train_set, eval_set, keep = _prepare(config)
     collator = data.Collator(tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
@@ -231,18 +242,21 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         callbacks=[clock := _Clock(), AdapterCheckpoint(), StopOnNonFinite()],
     )
 
-    def measure(what: str) -> evaluation.Loss:
+    def measure(when: str) -> tuple[evaluation.Loss, dict[str, float]]:
         size = config.train.per_device_eval_batch_size
-        return evaluation.mean_loss(model, eval_set, collator, size, what)
+        loss = evaluation.mean_loss(model, eval_set, collator, size, f"Held-out loss {when}")
+        kept = {name: evaluation.window_loss(model.eval(), rows, name) for name, rows in keep.items()}
+        return loss, kept
 
     with engine.disable(model):
-        before = measure("Held-out loss before")
+        before, kept_before = measure("before")
     trainer.train(resume_from_checkpoint=True if config.train.resume else None)
-    after = measure("Held-out loss after")
+    after, kept_after = measure("after")
 
     result = FinetuneResult(
         before=before,
         after=after,
+        kept={name: (loss, kept_after[name]) for name, loss in kept_before.items()},
         steps=trainer.state.global_step,
         tokens_per_second=clock.tokens / max(clock.seconds, 1e-9),
         train_seconds=clock.seconds,
@@ -314,11 +328,15 @@ def _checkpointing(known: set[str]) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _prepare(config: FinetuneConfig) -> tuple[nn.Module, Any, Any, Any]:
-    """Load the data and the model, and wrap the model."""
+def _prepare(config: FinetuneConfig) -> tuple[nn.Module, Any, Any, Any, dict[str, Tensor]]:
+    """Load the data and the model, and wrap the model; return them, and windows of what is to be kept."""
     models.check_path(config.model.path)
     train_rows, eval_rows = data.load(config.data, config.seed)
     method = config.method
+    if config.keep and config.task != "causal-lm":
+        raise ConfigError(
+            "keep measures the perplexity of text, which a classifier has none of: leave it out."
+        )
     if config.task == "causal-lm":
         model, tokenizer = models.load_causal_lm(config.model.path, config.model.dtype, "cpu")
         train_set = data.tokenize_for_generation(train_rows, config.data, tokenizer)
@@ -332,15 +350,29 @@ def _prepare(config: FinetuneConfig) -> tuple[nn.Module, Any, Any, Any]:
         method = _with_head(method, model)
     if config.data.max_eval_examples is not None:
         eval_set = eval_set.select(range(min(len(eval_set), config.data.max_eval_examples)))
-    engine.wrap(
-        model,
-        method,
-        name=config.adapter_name,
-        targets=config.targets,
-        exclude=config.exclude,
-        layers=config.layers,
-    )
-    return model, tokenizer, train_set, eval_set
+    keep = {
+        name: evaluation.windows_of(path, tokenizer, config.keep_window, config.keep_windows)
+        for name, path in config.keep.items()
+    }
+    where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
+    looks = _calibration(config, train_set, tokenizer)
+    engine.wrap(model, method, name=config.adapter_name, **where, **looks)
+    return model, tokenizer, train_set, eval_set, keep
+
+
+def _calibration(config: FinetuneConfig, train_set: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return what ``wrap`` needs for a method that looks at data: text of its own, or the training data."""
+    settings = engine.calibration_of(config.method)
+    if settings is None:
+        if config.calibration_data is not None:
+            raise ConfigError("The method looks at no data: leave out calibration_data.")
+        return {}
+    if config.calibration_data is not None:
+        return {"data": data.read(config.calibration_data, None, "train"), "tokenizer": tokenizer}
+    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    rows = train_set.select(order[: settings.samples])
+    batches = data.batches(rows, data.Collator(tokenizer.pad_token_id), settings.batch_size)
+    return {"data": list(batches)}
 
 
 def _with_head(method: MethodConfig, model: nn.Module) -> MethodConfig:
@@ -400,6 +432,9 @@ def rows(result: FinetuneResult) -> list[tuple[str, str]]:
         lines.append(("held-out accuracy", f"{before.accuracy:.4f} → {after.accuracy:.4f}"))
     else:
         lines.append(("held-out perplexity", f"{before.perplexity:.3f} → {after.perplexity:.3f}"))
+    for name, (loss_before, loss_after) in result.kept.items():
+        kept = f"{math.exp(loss_before):.3f} → {math.exp(loss_after):.3f}"
+        lines.append((f"perplexity of {name}, to be kept", kept))
     share = 100 * result.trainable_parameters / result.total_parameters
     return [
         *lines,

@@ -147,3 +147,27 @@ def test_compression_saves_reloads_and_generates(
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     # The stock attention sums over the zeroed dimensions as well: float32 rounding, logits up to 40.
     torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["knowledge", "instruction"])
+def test_corda_starts_at_the_identity_reloads_and_goes_to_peft(
+    mode: str, ids: Tensor, tmp_path: Path
+) -> None:
+    """Three blocks; PEFT reads the export on the untouched base, and gives equal logits to 1e-5."""
+    model = base()
+    before = logits(model, ids)
+    batches = [{"input_ids": ids.repeat(1, 10)[:, i : i + 160]} for i in range(10)]
+    lowrank_ft.wrap(model, "corda", mode=mode, rank=16, layers=(0, 14, 29), data=batches)
+    assert torch.equal(logits(model, ids), before)
+    perturb(model, 0.001)
+    ours = logits(model, ids)
+    assert float((ours - before).abs().max()) > 1e-2
+    lowrank_ft.save(model, tmp_path / "adapter")
+    assert verify.reload_difference(model, str(BASE), tmp_path / "adapter", {"input_ids": ids}) == 0.0
+    lowrank_ft.export(model, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(base(), tmp_path / "peft").eval()
+    difference = float((logits(theirs, ids) - ours).abs().max())
+    print(f"corda, {mode}: PEFT on the untouched base differs by {difference:.1e}, logits {ours.std():.2f}")
+    torch.testing.assert_close(logits(theirs, ids), ours, rtol=0, atol=1e-5)
+    lowrank_ft.unload(model)
+    assert torch.equal(logits(model, ids), before)

@@ -80,14 +80,20 @@ def load(model: ModelT, dir: str | Path, name: str | None = None, *, check_base:
 
 
 FORMATS = {
-    "peft": peft.export,
     "dense": native.export_dense,
     "hf-uniform": sized.export_uniform,
     "deci": sized.export_deci,
 }
 
 
-def export(model: nn.Module, dir: str | Path, format: str = "peft", *, tokenizer: Any = None) -> None:
+def export(
+    model: nn.Module,
+    dir: str | Path,
+    format: str = "peft",
+    *,
+    tokenizer: Any = None,
+    rank: int | None = None,
+) -> dict[str, Any]:
     """Write a model in a form that tools without this package read. The model is left as it was.
 
     ``"peft"``: the active adapter as a PEFT LoRA on the unmodified base. ``"dense"``: the whole model with
@@ -100,20 +106,32 @@ def export(model: nn.Module, dir: str | Path, format: str = "peft", *, tokenizer
         dir: an empty or new directory, or an earlier export.
         format: one of these.
         tokenizer: saved alongside.
+        rank: for ``"peft"``: replace updates of a larger rank (PiSSA, OLoRA and CorDA have twice theirs) by
+            the nearest of this one.
+
+    Returns:
+        Facts on what was written: with ``rank``, the ``"relative error"`` of the update.
 
     Raises:
-        ConfigError: an unknown format.
+        ConfigError: an unknown format; a rank for a format that has none.
         StateError: the model has nothing that this format could hold; the message says what.
     """
     check_format(format)
+    if rank is not None and (format != "peft" or rank < 1):
+        raise ConfigError(f"rank={rank} is for format='peft', and at least 1: leave it out for {format!r}.")
+    if format == "peft":
+        return peft.export(model, Path(dir), tokenizer, rank)
     FORMATS[format](model, Path(dir), tokenizer)
+    return {}
 
 
 def check_format(format: str) -> None:
     """Raise ``ConfigError`` for a format that :func:`export` does not know."""
-    if format not in FORMATS:
-        hint = did_you_mean(format, FORMATS)
-        raise ConfigError(f"There is no export format {format!r}.{hint} Known: {list(FORMATS)}.")
+    known = ["peft", *FORMATS]
+    if format not in known:
+        raise ConfigError(
+            f"There is no export format {format!r}.{did_you_mean(format, known)} Known: {known}."
+        )
 
 
 def base_of(dir: Path) -> dict[str, Any]:

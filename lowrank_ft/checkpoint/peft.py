@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowrank_ft import engine, layouts, sites
+from lowrank_ft import engine, layouts, linalg, sites
 from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, Scaling
 from lowrank_ft.checkpoint import card, files
 from lowrank_ft.errors import CheckpointError, StateError
@@ -72,13 +73,23 @@ class _Exported:
     dropout: float
     transposed: bool
     tensors: Mapping[str, Tensor]
+    energies: tuple[float, float]  # squared norms of what a smaller rank lost, and of the whole
 
 
-def export(model: nn.Module, directory: Path, tokenizer: Any) -> None:
+def export(model: nn.Module, directory: Path, tokenizer: Any, rank: int | None = None) -> dict[str, Any]:
     """Write the active adapter as a PEFT LoRA on the unmodified base.
 
     LoRA goes out as it is, bit for bit; other updates with an exact low-rank form are written out in it
-    (PiSSA and OLoRA with twice the rank); what has no such form is refused.
+    (PiSSA, OLoRA and CorDA with twice the rank); what has no such form is refused.
+
+    Args:
+        model: the model.
+        directory: where to.
+        tokenizer: saved alongside.
+        rank: replace updates of a larger rank by the nearest of this one.
+
+    Returns:
+        with ``rank``, the ``"relative error"`` that leaves: ``‖ΔW − ΔW_r‖ / ‖ΔW‖`` over all layers.
 
     Raises:
         StateError: no adapter or several are active, or a layer that PEFT cannot express.
@@ -105,9 +116,13 @@ def export(model: nn.Module, directory: Path, tokenizer: Any) -> None:
             saved.append(path)
             tensors.update({f"{PREFIX}{path}.{k}": v for k, v in host.parts[name].state_dict().items()})
         elif isinstance(host, Adapted):
-            layers[path] = _export_layer(path, host, name)
+            layers[path] = _export_layer(path, host, name, rank)
             tensors.update({f"{PREFIX}{path}.{k}": v for k, v in layers[path].tensors.items()})
     config = _config(model, layers, saved)
+    facts: dict[str, Any] = {}
+    if rank is not None:
+        lost, whole = (sum(layer.energies[i] for layer in layers.values()) for i in (0, 1))
+        facts["relative error"] = math.sqrt(lost / whole) if whole else 0.0
     with files.staged(directory) as staging:
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
@@ -118,11 +133,12 @@ def export(model: nn.Module, directory: Path, tokenizer: Any) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         recipe = engine.state_of(model).recipes.get(name, {})
-        (staging / card.CARD).write_text(_card(config, recipe), encoding="utf-8")
+        (staging / card.CARD).write_text(_card(config, recipe, facts), encoding="utf-8")
         files.write_index(staging, {"content": "peft", "adapters": {name: recipe}}, [WEIGHTS, CONFIG])
+    return facts
 
 
-def _export_layer(path: str, host: Adapted, name: str) -> _Exported:
+def _export_layer(path: str, host: Adapted, name: str, at_most: int | None) -> _Exported:
     delta, layer = host.deltas[name], host.layer
     _check_conv(path, layer)
     form = delta.as_lora()
@@ -132,7 +148,11 @@ def _export_layer(path: str, host: Adapted, name: str) -> _Exported:
         )
     A, B = form.A, form.B
     rank, alpha, rslora = A.shape[0], form.scale * A.shape[0], False
-    if isinstance(delta, LoRADelta) and not delta.node.anchored:
+    energies = (0.0, 0.0)
+    if at_most is not None:
+        A, B, energies = _nearest(A, B, at_most)
+        rank, alpha = A.shape[0], form.scale * A.shape[0]
+    elif isinstance(delta, LoRADelta) and not delta.node.anchored:
         alpha, rslora = delta.node.alpha, delta.node.scaling == "rslora"
     tensors = _layout_out(layer, A, B)
     magnitude = delta.magnitude if isinstance(delta, LoRADelta) and delta.node.dora else None
@@ -140,8 +160,17 @@ def _export_layer(path: str, host: Adapted, name: str) -> _Exported:
         spatial = (1,) * (layer.weight.dim() - 2) if layer.kind == "conv" else ()
         tensors["lora_magnitude_vector"] = magnitude.reshape(1, -1, *spatial) if spatial else magnitude
     return _Exported(
-        rank, alpha, rslora, magnitude is not None, delta.dropout, layer.kind == "transposed-linear", tensors
-    )
+        rank, alpha, rslora, magnitude is not None, delta.dropout, layer.kind == "transposed-linear", tensors,
+        energies,
+    )  # fmt: skip
+
+
+def _nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """The nearest product of a rank, and the squared norms of what that loses and of the whole."""
+    whole = linalg.Factors(B.detach().double(), A.detach().double())
+    cut = whole.balanced(min(rank, *A.shape, *B.shape))
+    total, kept = ((f.B.T @ f.B * (f.A @ f.A.T)).sum() for f in (whole, cut))
+    return cut.A.to(A.dtype), cut.B.to(B.dtype), (max(float(total - kept), 0.0), float(total))
 
 
 def _check_conv(path: str, layer: Layer) -> None:
@@ -225,7 +254,7 @@ def _check_suffixes(model: nn.Module, saved: list[str]) -> None:
             )
 
 
-def _card(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def _card(config: Mapping[str, Any], recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     base = config["base_model_name_or_path"] or ""
@@ -233,6 +262,7 @@ def _card(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         base_model=base if card.is_hub_name(base) else None, library_name="peft", tags=["lora"]
     )
     made = f"Trained with lowrank_ft ({recipe['method']}: {recipe['options']})." if recipe else ""
+    made += "".join(f" Cut to rank {config['r']}: {what} {value:.4f}." for what, value in facts.items())
     return f"---\n{header.to_yaml()}\n---\n\n# LoRA adapter for {base or 'a local model'}\n\n{made}\n"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import lowrank_ft
 from lowrank_ft import engine
-from lowrank_ft.errors import CheckpointError, StateError
+from lowrank_ft.errors import CheckpointError, ConfigError, StateError
 from tests.contract.cases import Case
 from tests.tiny import TINY, logits, perturb
 
@@ -58,6 +58,35 @@ def test_peft_loads_corda_on_the_untouched_base(name: str, tmp_path: Path) -> No
     theirs = PeftModel.from_pretrained(case.tiny.model(), tmp_path / "peft").eval()
     torch.testing.assert_close(logits(theirs, batch), logits(model, batch), **CLOSE)
     assert theirs.peft_config["default"].r == 4
+
+
+def test_an_update_of_twice_the_rank_can_be_cut_and_says_what_that_loses(tmp_path: Path) -> None:
+    case = Case("corda", "llama", options={"rank": 2, "alpha": 5.0})
+    model, batch = perturb(case.wrap(case.tiny.model(torch.float64))), case.tiny.inputs()
+    facts = lowrank_ft.export(model, tmp_path / "cut", "peft", rank=2)
+    back = lowrank_ft.load(case.tiny.model(torch.float64), tmp_path / "cut")
+    lost = whole = 0.0
+    for path, host in engine.hosts(model).items():
+        update, cut = (h.deltas["default"].weight().detach() for h in (host, engine.hosts(back)[path]))
+        best = torch.linalg.svdvals(update)
+        torch.testing.assert_close(
+            (update - cut).square().sum(), best[2:].square().sum(), rtol=1e-6, atol=1e-12
+        )
+        lost, whole = lost + float(best[2:].square().sum()), whole + float(best.square().sum())
+        assert engine.hosts(back)[path].deltas["default"].node.rank == 2
+    assert facts["relative error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-6)
+    assert 0.01 < facts["relative error"] < 1
+    assert (
+        f"Cut to rank 2: relative error {facts['relative error']:.4f}."
+        in (tmp_path / "cut/README.md").read_text()
+    )
+    exact = lowrank_ft.export(model, tmp_path / "whole", "peft", rank=4)
+    assert exact["relative error"] < 1e-6
+    back = lowrank_ft.load(case.tiny.model(torch.float64), tmp_path / "whole")
+    torch.testing.assert_close(logits(back, batch), logits(model, batch), **CLOSE)
+    for wrong in ({"rank": 0}, {"rank": 2, "format": "dense"}):
+        with pytest.raises(ConfigError, match="is for format='peft', and at least 1"):
+            lowrank_ft.export(model, tmp_path / "no", **wrong)
 
 
 @pytest.mark.parametrize(("way", "name"), CASES)

@@ -41,6 +41,14 @@ def run(recipe: dict[str, Any], path: Path) -> dict[str, Any]:
     return report
 
 
+def test_corda_recovers_what_was_compressed(recipe: dict[str, Any], tmp_path: Path) -> None:
+    looks = {"length": 16, "samples": 12}
+    recipe["stages"][1] |= {"method": "corda", "calibration": looks}
+    report = run(recipe, tmp_path / "recipe.yaml")
+    assert [step["stage"] for step in report["steps"]] == ["dense", "lord 25%", "corda r=2"]
+    assert report["reload_difference"] == 0.0
+
+
 @pytest.mark.parametrize("method", ["lord", "modegpt"])
 def test_compress_and_recover(
     method: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
 from lowrank_ft import cli, compression, evaluation, training
@@ -93,6 +93,62 @@ def test_resume(recipe: Path, tmp_path: Path) -> None:
     assert losses[0][3:] == losses[1][3:]
 
 
+CORDA = ("--method.name", "corda", "--method.rank", "2")
+
+
+@pytest.mark.parametrize("mode", ["knowledge", "instruction"])
+def test_corda_calibrates_on_one_text_and_trains_on_another(
+    recipe: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    content["method"] = {
+        "name": "corda",
+        "mode": mode,
+        "rank": 2,
+        "calibration": {"length": 16, "samples": 12},
+    }
+    content["keep"] = {"what was known": str(texts / "heldout.jsonl")}
+    content |= {"keep_window": 16, "keep_windows": 3, "check_reload": True}
+    if mode == "knowledge":
+        content["calibration_data"] = str(texts / "heldout.jsonl")
+    recipe.write_text(yaml.safe_dump(content))
+    report = run(recipe)
+    assert report["after"]["loss"] < report["before"]["loss"]
+    assert report["reload_difference"] == 0.0
+    before, after = report["kept"]["what was known"]
+    model = AutoModelForCausalLM.from_pretrained(content["model"]["path"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(content["model"]["path"])
+    windows = evaluation.windows_of(str(texts / "heldout.jsonl"), tokenizer, 16, 3)
+    assert before == pytest.approx(evaluation.window_loss(model, windows, "again"), rel=1e-5)
+    lowrank_ft.load(model, tmp_path / "out" / "adapter")
+    assert after == pytest.approx(evaluation.window_loss(model.eval(), windows, "again"), rel=1e-5)
+    assert "| perplexity of what was known, to be kept" in capsys.readouterr().out
+    where = ["--adapter", str(tmp_path / "out" / "adapter"), "--output", str(tmp_path / "peft")]
+    cli.main(["export", "--model", content["model"]["path"], *where, "--rank", "2"])
+    assert "Relative error: 0." in capsys.readouterr().out
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "pairs.jsonl"])
+def test_corda_calibrates_on_what_it_trains_on(recipe: Path, texts: Path, name: str) -> None:
+    report = run(
+        recipe,
+        *CORDA,
+        "--data.train",
+        str(texts / name),
+        "--data.eval",
+        "null",
+        "--data.eval_fraction",
+        "0.25",
+    )
+    assert report["after"]["loss"] < report["before"]["loss"]
+
+
+def test_corda_for_a_classifier(recipe: Path) -> None:
+    report = run(recipe, *CORDA, "--task", "sequence-classification", "--train.max_steps", "30")
+    assert report["after"]["loss"] < report["before"]["loss"]
+
+
 @pytest.mark.parametrize("name", ["chats.jsonl", "pairs.jsonl"])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_chats_and_prompts(recipe: Path, texts: Path, name: str, packing: str) -> None:
@@ -146,6 +202,12 @@ def test_options(recipe: Path, options: list[str]) -> None:
         (["--targets", "q_porj"], "matches no layer. Did you mean 'q_proj'"),
         (["--train.extra", '{"lerning_rate": 1}'], "no field 'lerning_rate'. Did you mean"),
         (["--method.name", "lorra"], "no method 'lorra'. Did you mean 'lora'"),
+        (["--calibration_data", "/no/such.jsonl"], "looks at no data: leave out calibration_data"),
+        (["--keep", '{"a": "/no/such.jsonl"}'], "There is no data at /no/such.jsonl"),
+        (
+            ["--keep", '{"a": "b"}', "--task", "sequence-classification"],
+            "keep measures the perplexity of text",
+        ),
         (["--data.eval", "null", "--data.eval_fraction", "2"], r"must lie in \(0, 1\)"),
         (["--data.kind", "chat"], "neither 'messages'"),
     ],
