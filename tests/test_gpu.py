@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lowrank_ft
+from lowrank_ft import engine
 from tests.contract.cases import Case
 from tests.tiny import TINY, logits, perturb
 
@@ -51,6 +52,21 @@ def test_an_adapter_moves_between_devices(tmp_path: Path) -> None:
         assert torch.equal(a, b.cpu())
 
 
+@pytest.mark.parametrize("mode", ["instruction", "knowledge"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "resnet"])
+def test_corda_starts_where_the_model_is(name: str, mode: str) -> None:
+    """Statistics are gathered and solved on the GPU, and lead to the start that the CPU finds."""
+    case = Case("corda", name, options={"rank": 2, "mode": mode})
+    here = case.wrap(case.tiny.model(torch.float64))
+    there = case.wrap(case.tiny.model(torch.float64).cuda())
+    assert {t.device.type for t in there.state_dict().values()} == {"cuda"}
+    for path, host in engine.hosts(here).items():
+        if isinstance(host, engine.Adapted):
+            deltas = [h.deltas["default"] for h in (host, engine.hosts(there)[path])]
+            starts = [(delta.B @ delta.A).detach().cpu() for delta in deltas]
+            torch.testing.assert_close(*starts, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast(dtype: torch.dtype) -> None:
     model, batch = on_gpu("llama", torch.float32)
@@ -68,7 +84,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     ("method", "options"),
     [("lord", {}), ("modegpt", {}), ("modegpt", {"recipe": "paper"}), ("modegpt", {"low_rank": False})],
 )
-@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "gemma3", "phi3", "gpt2"])
 def test_compression_where_the_model_is(
     name: str, method: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
