@@ -421,11 +421,13 @@ def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Te
         U, values = left[:, -rank:], values[-rank:]
     else:
         U, values = found[1].flip(1), found[0].flip(0).rsqrt()
-    if wide:
-        return U, values
-    return torch.linalg.qr(X)[0] @ U if found is None else X @ torch.linalg.solve_triangular(
-        T, U, upper=True
-    ), values
+    if not wide:  # U = Q U_R, with Q = X R⁻¹ where R is well enough conditioned
+        U = (
+            torch.linalg.qr(X)[0] @ U
+            if found is None
+            else X @ torch.linalg.solve_triangular(R, U, upper=True)
+        )
+    return U, values
 
 
 def _times(C: Tensor, block: Tensor) -> Tensor:
