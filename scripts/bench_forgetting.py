@@ -274,6 +274,8 @@ def plot(rows: list[Row], path: Path) -> None:
             learnt, forgot = [-rise(r, "code") for r in run], [rise(r, "wikipedia") for r in run]
             label = None if number else method
             axes.plot(learnt, forgot, "o-", color=f"C{color}", ms=3, lw=1, label=label)
+    axes.set_xlim(0, 0.115)  # what learnt nothing at all is in the table
+    axes.set_ylim(-0.005, 0.06)
     axes.set_xlabel("learnt: fall of the loss on code (nats per token)")
     axes.set_ylabel("forgot: rise of the loss on Wikipedia")
     axes.grid(alpha=0.3)
