@@ -251,6 +251,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     with engine.disable(model):
         before, kept_before = measure("before")
     trainer.train(resume_from_checkpoint=True if config.train.resume else None)
+    # Trainer leaves its autocast around the forward; what is measured and compared now is the model's own.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     after, kept_after = measure("after")
 
     result = FinetuneResult(

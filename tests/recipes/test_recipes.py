@@ -69,6 +69,11 @@ def test_finetune(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert f"| {figure}" in printed or figure in printed
 
 
+def test_a_model_trained_under_autocast_reloads_with_equal_logits(recipe: Path) -> None:
+    report = run(recipe, "--train.bf16", "true", "--check_reload", "true")
+    assert report["reload_difference"] == 0.0
+
+
 def test_a_rerun_gives_the_same_numbers(recipe: Path, tmp_path: Path) -> None:
     first = run(recipe, "--method.dropout", "0.1")
     second = run(recipe, "--method.dropout", "0.1", f"--output={tmp_path / 'again'}")
