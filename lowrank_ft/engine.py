@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lowrank_ft import config as configs
 from lowrank_ft import registry, sites, ties
 from lowrank_ft.algorithms.base import AdapterConfig, Counts, Family, Method, MethodConfig
-from lowrank_ft.calibration.batches import Calibration
+from lowrank_ft.calibration.batches import Calibration, Source
 from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetError, did_you_mean
 from lowrank_ft.manifest import Node, describe, replacements, to_json
 from lowrank_ft.modules.adapted import Adapted
@@ -96,8 +96,8 @@ def wrap(
         StateError: the name is taken; the model is compiled, quantised, merged or on ``meta``.
     """
     stages = _stages(method, options)
-    given = data is not None or tokenizer is not None or loss is not None
-    if given and not any(stage.needs() for stage in stages):
+    source = Source(data, tokenizer, loss)
+    if source and not any(stage.needs() for stage in stages):
         names = " and ".join(repr(stage.name) for stage in stages)
         raise ConfigError(
             f"The method {names} takes no calibration data: leave out data, tokenizer and loss."
@@ -114,9 +114,9 @@ def wrap(
         }
         recipe = {"method": stage.name, "options": configs.to_dict(stage.config), **where}
         if stage.family is Family.ADAPTER:
-            _adapt(model, stage, chosen, name, recipe, (data, tokenizer, loss))
+            _adapt(model, stage, chosen, name, recipe, source)
         else:
-            _compress(model, stage, chosen, recipe, (data, tokenizer, loss))
+            _compress(model, stage, chosen, recipe, source)
     return model
 
 
@@ -608,16 +608,13 @@ def _method_for(config: MethodConfig) -> Method[Any]:
     raise ConfigError(f"{config!r} is not the config of a registered method ({', '.join(registry.methods)}).")
 
 
-Looks = tuple[Any, Any, Any]  # data, tokenizer, loss
-
-
 def _adapt(
     model: nn.Module,
     method: Method[Any],
     chosen: list[sites.Site],
     name: str,
     recipe: dict[str, Any],
-    looks: Looks,
+    source: Source,
 ) -> None:
     """Put an adapter on: statistics, plan, structure, build, values, and only then change the model."""
     from lowrank_ft import pipeline  # it needs this module
@@ -626,7 +623,7 @@ def _adapt(
     if isinstance(method.config, AdapterConfig):
         targets = {name for site in chosen for name in site.names}
         nodes.update(_copies(model, method.config.modules_to_save, targets))
-    with pipeline.statistics(model, method, chosen, *looks) as known:
+    with pipeline.statistics(model, method, chosen, source) as known:
         for site, share in zip(chosen, method.plan(chosen, known, Counts(0, 0)), strict=True):
             nodes.update(method.structure(site, share))
         parts = build(model, nodes)
@@ -636,11 +633,11 @@ def _adapt(
 
 
 def _compress(
-    model: nn.Module, method: Method[Any], chosen: list[sites.Site], recipe: dict[str, Any], looks: Looks
+    model: nn.Module, method: Method[Any], chosen: list[sites.Site], recipe: dict[str, Any], source: Source
 ) -> None:
     from lowrank_ft import pipeline
 
-    facts = pipeline.compress(model, method, chosen, *looks)
+    facts = pipeline.compress(model, method, chosen, source)
     model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, _FACTS: facts}]
     _write_config(model)
 

@@ -27,7 +27,7 @@ from lowrank_ft import engine, layouts, linalg, ties
 from lowrank_ft.algorithms.base import Counts, Method, Need, Share
 from lowrank_ft.calibration import batches as batching
 from lowrank_ft.calibration import collect, stream
-from lowrank_ft.calibration.batches import Batch
+from lowrank_ft.calibration.batches import Batch, Loss, Source
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.calibration.store import Known, Store, write_whole
 from lowrank_ft.checkpoint import base_model
@@ -62,7 +62,7 @@ class Run:
     root: Path
     scratch: Path
     key: str
-    loss: collect.Loss | None
+    loss: Loss | None
 
     @cached_property
     def chain(self) -> stream.Chain | None:
@@ -78,12 +78,7 @@ class Run:
 
 
 def compress(
-    model: nn.Module,
-    method: Method[Any],
-    chosen: list[Site],
-    data: Any,
-    tokenizer: Any,
-    loss: collect.Loss | None,
+    model: nn.Module, method: Method[Any], chosen: list[Site], source: Source
 ) -> list[dict[str, Any]]:
     """Replace the layers of ``chosen`` by what ``method`` makes of them; return facts on each.
 
@@ -93,18 +88,13 @@ def compress(
         StateError: the model carries adapters, or shares a weight that is to be replaced.
     """
     _check_replaceable(model, chosen)
-    with _begun(model, method, chosen, data, tokenizer, loss) as run:
+    with _begun(model, method, chosen, source) as run:
         return _run(run)
 
 
 @contextmanager
 def statistics(
-    model: nn.Module,
-    method: Method[Any],
-    chosen: list[Site],
-    data: Any,
-    tokenizer: Any,
-    loss: collect.Loss | None,
+    model: nn.Module, method: Method[Any], chosen: list[Site], source: Source
 ) -> Iterator[Mapping[str, SiteStatistics]]:
     """Gather what an adapter asks for, on the model without the adapters that it carries.
 
@@ -122,21 +112,14 @@ def statistics(
         yield {}
         return
     bare = engine.disable(model) if engine.hosts(model) else nullcontext()
-    with bare, _begun(model, method, chosen, data, tokenizer, loss) as run:
+    with bare, _begun(model, method, chosen, source) as run:
         known = _statistics(run)
         _warn_of_few_tokens(run, known)
         yield known
 
 
 @contextmanager
-def _begun(
-    model: nn.Module,
-    method: Method[Any],
-    chosen: list[Site],
-    data: Any,
-    tokenizer: Any,
-    loss: collect.Loss | None,
-) -> Iterator[Run]:
+def _begun(model: nn.Module, method: Method[Any], chosen: list[Site], source: Source) -> Iterator[Run]:
     """Check what was given, and put the model and the disk into the state that a run needs."""
     for site in chosen:
         _check_loaded(site)
@@ -144,12 +127,15 @@ def _begun(
     settings = method.config.calibration
     needs = method.needs()
     losing = {Need.OUTPUT_GRADIENT, Need.FISHER}
-    for given, what, looks in ((data, "data", bool(needs)), (loss, "loss", bool(needs & losing))):
+    for given, what, looks in (
+        (source.data, "data", bool(needs)),
+        (source.loss, "loss", bool(needs & losing)),
+    ):
         if given is not None and not looks:
             raise ConfigError(
                 f"The method {method.name!r} with these options looks at no {what}: leave out {what}=."
             )
-    batches = batching.prepare(data, tokenizer, settings) if needs else []
+    batches = batching.prepare(source.data, source.tokenizer, settings) if needs else []
     was_training = model.training
     model.eval()
     try:
@@ -157,7 +143,7 @@ def _begun(
             scratch = Path(name)
             root = scratch if settings.cache is None else Path(settings.cache)
             key = _key(model, batches)
-            yield Run(model, method, chosen, batches, root, scratch, key, loss)
+            yield Run(model, method, chosen, batches, root, scratch, key, source.loss)
     finally:
         model.train(was_training)
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -40,15 +41,10 @@ LENGTH = 512
 
 def main() -> None:
     """Measure everything and print one table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
+    parser = common.parser(__doc__)
     parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
     parser.add_argument("--memory-of", choices=["blocks", "whole"], help="(for its own processes)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -57,11 +53,8 @@ def main() -> None:
         return
     rows = [*passes(args), *memory(args), *speed(args)]
     print(tabulate(rows, "keys", "github", disable_numparse=True))
-    if args.results:
-        setting = {"sequences": args.sequences, "threads": args.threads, "torch": torch.__version__}
-        with args.results.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, **setting}) + "\n")
+    setting = {"sequences": args.sequences, "threads": args.threads, "torch": torch.__version__}
+    common.append(args.results, rows, **setting)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Tensor]]]:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -129,19 +130,12 @@ def rows(suite: str) -> Iterator[Row]:
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
+    parser = common.parser(__doc__)
     parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
     parser.add_argument("--suite", choices=list(SUITES), default="text")
     parser.add_argument("--only", help="run only the rows whose method begins so")
-    parser.add_argument(
-        "--results", type=Path, help="JSON lines; docs/results/compression_smollm2_SUITE.jsonl"
-    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--gradient-samples", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.assets / "smollm2")
@@ -150,19 +144,15 @@ def main() -> None:
         name: windows(texts(args.assets / path), tokenizer, count) for name, (path, count) in held_out.items()
     }
     args.results = args.results or Path(f"docs/results/compression_smollm2_{args.suite}.jsonl")
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    done = (
-        [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    )
+    done = common.read(args.results)
     for row in rows(args.suite):
         key = {**asdict(row), "samples": args.samples}
         if not row.method.startswith(args.only or ""):
             continue
-        if any(all(old.get(k) == v for k, v in key.items()) for old in done):
+        if common.is_done(key, done):
             continue
         done.append({**key, **measure(row, args, tokenizer, texts(args.assets / training), corpora)})
-        with args.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+        common.append(args.results, done[-1:])
         print(done[-1], flush=True)
     print(table(done))
     for name in corpora:

@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import corda as theirs
@@ -47,13 +48,8 @@ MODES = {"instruction": "ipm", "knowledge": "kpm"}
 
 def main() -> None:
     """Measure everything and print one table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
+    parser = common.parser(__doc__)
     parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
     parser.add_argument("--process", choices=["ours", "peft"], help="(for its own processes)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -64,11 +60,8 @@ def main() -> None:
     found = {name: in_process(name, args) for name in OURS_AND_PEFT}
     rows = [*compared(found["ours"], found["peft"]), *wide()]
     print(tabulate(rows, "keys", "github", disable_numparse=True))
-    if args.results:
-        setting = {"sequences": args.sequences, "threads": args.threads, "torch": torch.__version__}
-        with args.results.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, **setting}) + "\n")
+    setting = {"sequences": args.sequences, "threads": args.threads, "torch": torch.__version__}
+    common.append(args.results, rows, **setting)
 
 
 def in_process(name: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,6 @@ removed. Rows that are in the results file already are not run again.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import time
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -97,32 +97,23 @@ def rows(encoder: str) -> Iterator[Row]:
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
+    parser = common.parser(__doc__, Path("docs/results/encoders.jsonl"))
     parser.add_argument("--encoder", choices=list(TASKS), help="one of them only")
-    parser.add_argument("--results", type=Path, default=Path("docs/results/encoders.jsonl"))
     parser.add_argument("--gradient-samples", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()  # loading without the pooler is meant
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    done = (
-        [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    )
+    done = common.read(args.results)
     for encoder in [args.encoder] if args.encoder else list(TASKS):
         keys = [{**asdict(row), "gradient samples": args.gradient_samples} for row in rows(encoder)]
-        missing = [key for key in keys if not any(all(old.get(k) == key[k] for k in key) for old in done)]
+        missing = [key for key in keys if not common.is_done(key, done)]
         if not missing:
             continue
         task = TASKS[encoder](args.assets)
         dense = dense_of(task)
         for key in missing:
             done.append({**key, **measure(key, task, dense)})
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[-1]) + "\n")
+            common.append(args.results, done[-1:])
             print(done[-1], flush=True)
     print(table(done))
 

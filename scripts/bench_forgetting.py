@@ -21,7 +21,6 @@ run again; several processes can share the work.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -82,16 +82,11 @@ class Row:
 
 def main() -> None:
     """Run what is missing, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
+    parser = common.parser(__doc__, Path("docs/results/forgetting.jsonl"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
     parser.add_argument("--base", type=Path, default=Path(".cache/forgetting/base"))
     parser.add_argument("--prepare", action="store_true", help="make the base, and run nothing")
-    parser.add_argument("--results", type=Path, default=Path("docs/results/forgetting.jsonl"))
     parser.add_argument("--part", default="0/1", help="which share of the runs to do, such as 0/2")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="write the plot here, and run nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -121,9 +116,7 @@ def rates_of(method: str) -> tuple[float, ...]:
 
 def read(path: Path) -> list[Row]:
     """Return the rows that are there."""
-    if not path.exists():
-        return []
-    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Row(**row) for row in common.read(path)]
 
 
 def best_rate(rows: list[Row], method: str) -> float:
@@ -139,8 +132,7 @@ def ensure(run: tuple[str, float, int], args: argparse.Namespace) -> None:
     if len(done) == len(POINTS):
         return
     found = list(train(method, rate, seed, args))
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(asdict(row)) + "\n" for row in found))
+    common.append(args.results, [asdict(row) for row in found])
     print(found[-1], flush=True)
 
 

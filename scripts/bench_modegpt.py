@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -48,15 +49,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure everything and print two tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--assets", type=Path, default=Path(".cache/assets"))
+    parser = common.parser(__doc__)
     parser.add_argument("--cache", type=Path, default=Path(".cache/calibration"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.assets / "smollm2", dtype=torch.float32).eval()
@@ -67,11 +63,8 @@ def main() -> None:
     times = stages(model, texts, tokenizer, args)
     for rows in (times, speeds):
         print(tabulate(rows, "keys", "github", disable_numparse=True) + "\n")
-    if args.results:
-        setting = {"samples": args.samples, "threads": args.threads, "torch": torch.__version__}
-        with args.results.open("a", encoding="utf-8") as file:
-            for row in (*times, *speeds):
-                file.write(json.dumps({**row, **setting}) + "\n")
+    setting = {"samples": args.samples, "threads": args.threads, "torch": torch.__version__}
+    common.append(args.results, (*times, *speeds), **setting)
 
 
 def stages(

@@ -14,13 +14,12 @@ for the floor and PEFT, but makes ours keep the SwiGLU product, which it otherwi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from peft import LoraConfig, get_peft_model
 from tabulate import tabulate
@@ -36,26 +35,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = [row for dtype in args.dtype for row in measure(args, getattr(torch, dtype))]
     print(tabulate(rows, "keys", "github", floatfmt=".3f"))
-    if args.results is not None:
-        with args.results.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, **machine(args)}) + "\n")
+    common.append(args.results, rows, **machine(args))
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=".cache/assets/smollm2")
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", help="another model than the assets' SmolLM2")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
     args = parser.parse_args()
     args.dtype = args.dtype or ["float32", "bfloat16"]
     return args
@@ -104,7 +96,9 @@ def contestants(
     generator = torch.Generator().manual_seed(0)
 
     def base() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
+        model = AutoModelForCausalLM.from_pretrained(args.model or args.assets / "smollm2", dtype=dtype).to(
+            args.device
+        )
         return model.requires_grad_(False).train()
 
     floor = base()

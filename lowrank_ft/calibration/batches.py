@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_ft import data as datasets
 from lowrank_ft.errors import ConfigError
 
 Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch, Any], Tensor]  # of the model, a batch, and what the model made of it
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,25 @@ class Calibration:
         for name in ("samples", "gradient_samples", "probe_samples", "length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"calibration.{name} must be at least 1, but is {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a caller gives a method to look at.
+
+    Attributes:
+        data: calibration data, as :func:`prepare` takes it; None for none.
+        tokenizer: turns texts in it into tokens.
+        loss: what to differentiate, the caller's own; None for the default.
+    """
+
+    data: Any = None
+    tokenizer: Any = None
+    loss: Loss | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything was given."""
+        return any(given is not None for given in (self.data, self.tokenizer, self.loss))
 
 
 def prepare(data: Any, tokenizer: Any, settings: Calibration) -> list[Batch]:

@@ -13,15 +13,12 @@ from tqdm.auto import tqdm
 
 from lowrank_ft import layouts
 from lowrank_ft.calibration import stream
-from lowrank_ft.calibration.batches import Batch, count_tokens, fingerprint, mask_of
+from lowrank_ft.calibration.batches import Batch, Loss, count_tokens, fingerprint, mask_of
 from lowrank_ft.calibration.statistics import Moments, rows_of
 from lowrank_ft.calibration.store import Store
 from lowrank_ft.calibration.stream import Chain
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import layer_of
-
-Loss = Callable[[nn.Module, Batch, Any], Tensor]
-
 
 # Forward ----------------------------------------------------------------------------------------------------
 

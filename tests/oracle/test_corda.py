@@ -18,27 +18,12 @@ from lowrank_ft.algorithms.corda import CorDA, spread
 from lowrank_ft.algorithms.lora import LoRADelta
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import layer_of
+from tests.oracle.moments import randn, symmetric_root
 from tests.tiny import TINY, VOCAB, logits, perturb
 
 SHAPES = [(12, 12), (7, 12), (20, 12)]
 # Directions are exact up to the range finder's 1e-6 and the second moment's condition, 1e4, in float64.
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
-
-
-def moment(features: int, seed: int, tokens: int = 400) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(features, features, generator=generator, dtype=torch.float64)
-    rows = torch.randn(tokens, features, generator=generator, dtype=torch.float64) @ mix
-    return rows.T @ rows / tokens
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def symmetric_root(C: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(C)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 class Two(nn.Module):

@@ -14,14 +14,9 @@ from lowrank_ft.calibration.statistics import Moments
 from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.modules.lowrank import LowRank
+from tests.oracle.moments import symmetric_root
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]
-
-
-def root(matrix: Tensor) -> Tensor:
-    """The symmetric square root."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def moment(features: int, seed: int, tokens: int = 200) -> Tensor:
@@ -36,7 +31,7 @@ def weight_of(shape: tuple[int, int]) -> Tensor:
 
 def reference(W: Tensor, C: Tensor, G: Tensor, rank: int) -> tuple[Tensor, float]:
     """The best approximation under the metric, and the error that it leaves, by the textbook."""
-    left, right = root(G), root(C)
+    left, right = symmetric_root(G), symmetric_root(C)
     u, s, vt = torch.linalg.svd(left @ W @ right, full_matrices=False)
     kept = (u[:, :rank] * s[:rank]) @ vt[:rank]
     return torch.linalg.inv(left) @ kept @ torch.linalg.inv(right), float((s[rank:] ** 2).sum())

@@ -35,28 +35,12 @@ from lowrank_ft.modules.layer import Layer, layer_of
 from lowrank_ft.modules.resized import Resized, ResizedNode
 from lowrank_ft.sites import Site, select, stock_modules
 from tests.contract.cases import Case
+from tests.oracle.moments import moment, randn, symmetric_root
 from tests.tiny import TINY, logits
 
 PAPER, LOSS = MoDeGPT(recipe="paper"), MoDeGPT()
 # A product of a few hundred float64 numbers of size 1, with one triangular solve of condition up to 1e4.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def moment(features: int, seed: int, tokens: int = 400) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(features, features, generator=generator, dtype=torch.float64)
-    rows = torch.randn(tokens, features, generator=generator, dtype=torch.float64) @ mix
-    return rows.T @ rows / tokens
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def root(matrix: Tensor) -> Tensor:
-    """The symmetric square root."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def left_out(C: Tensor, K: Tensor, kept: Tensor) -> float:
@@ -180,7 +164,7 @@ def test_diagonals_stand_for_norms_of_square_roots() -> None:
         X = known[name]
         W, b = layer.weight, layer.bias
         C = W @ X.C @ W.T + torch.outer(W @ X.mean, b) + torch.outer(b, W @ X.mean) + torch.outer(b, b)
-        norms.append(root(C).norm(dim=0).view(-1, group.width))
+        norms.append(symmetric_root(C).norm(dim=0).view(-1, group.width))
     assert torch.equal(order, (norms[0] * norms[1]).argsort(dim=1, descending=True))
 
 
@@ -247,7 +231,7 @@ def test_values_reach_the_bound_of_the_published_form(rank: int) -> None:
     site = site_of(attention, VO, ("v_proj", "out_proj"))
     known, group = statistics_for(site), ValueOutput(site)
     v, o, _ = value_weights(group, rank, known, PAPER)
-    h, C_root = group.width, root(known[group.names[0]].C)
+    h, C_root = group.width, symmetric_root(known[group.names[0]].C)
     for i in range(group.heads):
         W_v, W_o = group.v.weight[i * h : (i + 1) * h], group.o.weight[:, i * h : (i + 1) * h]
         target = C_root @ W_v.T @ W_o.T
@@ -265,7 +249,7 @@ def test_the_joint_basis_of_a_group_is_never_worse_than_truncating_values_first(
     site = site_of(attention, VO, ("v_proj", "o_proj"))
     known, group = statistics_for(site), ValueOutput(site)
     v, o, _ = value_weights(group, rank, known, PAPER)
-    h, C_root = group.width, root(known[group.names[0]].C)
+    h, C_root = group.width, symmetric_root(known[group.names[0]].C)
     for key_head in range(group.key_heads):
         W_v = group.v.weight[key_head * h : (key_head + 1) * h].detach()
         U, S, Vt = torch.linalg.svd(C_root @ W_v.T, full_matrices=False)
