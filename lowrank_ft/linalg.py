@@ -143,13 +143,13 @@ def eigenpairs(matrix: Tensor, count: int, *, randomized: bool = False) -> tuple
     Args:
         matrix: ``(n, n)``, positive semidefinite, float64.
         count: how many, from 1 to n.
-        randomized: try block Krylov first where ``count`` is at most an eighth of n (:func:`krylov`).
+        randomized: try block Krylov first where ``count`` is small beside n (:func:`krylov`).
 
     Returns:
         values ``(count,)`` and vectors ``(n, count)``.
     """
     if randomized:
-        found = krylov(lambda block: matrix @ block, len(matrix), count, matrix.device)
+        found = krylov(lambda rows: rows @ matrix, len(matrix), count, matrix.device)
         if found is not None:
             return found
     values, vectors = torch.linalg.eigh(matrix)
@@ -162,38 +162,48 @@ def krylov(
     """Return leading eigenpairs of a symmetric positive semidefinite operator, by a block Krylov space.
 
     Musco and Musco 2015, arXiv 1504.05477, algorithm 2, with every new block made orthogonal to those before
-    it, which keeps the images, so that residuals are known at every step.
+    it, which keeps the images, so that residuals are known at every step. Blocks have as many vectors as
+    pairs are asked for, so that none is missed where an eigenvalue has as many equals; they are stored as
+    rows, since a product from the left with a wide matrix is then at full speed whatever their number.
 
     Args:
-        apply: multiplies a block ``(n, b)``, in float64.
+        apply: multiplies rows ``(b, n)`` from the right by the operator, in float64.
         n: size of the operator.
         count: how many pairs.
         device: where blocks live.
 
     Returns:
-        values ``(count,)``, descending, and vectors ``(n, count)``, every pair with
-        ``‖M v − λ v‖ ≤ 1e-6 λ``; None where twelve blocks are not enough, or where they would be more than
-        half of the whole space.
+        values ``(count,)``, descending, and vectors ``(n, count)``, every pair with ``‖M v − λ v‖ ≤ 1e-6 λ``
+        outside of the space of these vectors; inside it, rounding errors of the largest λ are all that is
+        left, and those turn vectors by no more than rounding. None where half of the whole space, or eighteen
+        blocks, are not enough, or where the whole problem is too small for it to pay.
     """
-    width = count + 8
-    if 8 * count > n:
+    width = max(count, 8)
+    if 16 * width > n:
         return None
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(n, width, generator=generator, dtype=torch.float64).to(device)
-    basis, images = block.new_empty(n, 0), block.new_empty(n, 0)
-    for step in range(1, min(12, n // (2 * width)) + 1):
+    block = torch.randn(width, n, generator=generator, dtype=torch.float64).to(device)
+    blocks = min(18, n // (2 * width))
+    basis, images = (block.new_empty(blocks * width, n) for _ in range(2))
+    projected = block.new_empty(blocks * width, blocks * width)
+    for step in range(blocks):
+        old, known = step * width, (step + 1) * width
         for _ in range(2):  # once leaves what rounding made of the part that was taken out
-            block, _ = torch.linalg.qr(block - basis @ (basis.T @ block))
+            block = torch.linalg.qr((block - block @ basis[:old].T @ basis[:old]).T)[0].T
         image = apply(block)
-        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
+        basis[old:known], images[old:known] = block, image
+        projected[old:known, :known] = image @ basis[:known].T
+        projected[:old, old:known] = projected[old:known, :old].T
         block = image
-        if step < 3:
+        if step < 5 or step % 2 == 0:  # hardly ever enough, and a check costs about what a step does
             continue
-        small, rotation = torch.linalg.eigh(basis.T @ images)
-        values, rotation = small[-count:].flip(0), rotation[:, -count:].flip(1)
-        vectors = basis @ rotation
-        if ((images @ rotation - vectors * values).norm(dim=0) <= 1e-6 * values).all():
-            return values, vectors
+        small, rotation = torch.linalg.eigh(projected[:known, :known])
+        values, rotation = small[-count:].flip(0), rotation[:, -count:].flip(1).T
+        vectors = rotation @ basis[:known]
+        residual = rotation @ images[:known] - vectors * values[:, None]
+        residual -= residual @ vectors.T @ vectors
+        if (residual.norm(dim=1) <= 1e-6 * values).all():
+            return values, vectors.T
     return None
 
 
@@ -368,7 +378,7 @@ def output_directions(
     """
     W = weight.double()
     scale = C if C.dim() == 1 else C.diagonal()  # a semidefinite matrix is finite where its diagonal is
-    if not (torch.isfinite(W).all() and torch.isfinite(scale).all()):
+    if not (torch.isfinite(W.sum()) and torch.isfinite(scale).all()):  # a sum is finite if all its terms are
         raise NonFiniteError("A weight or a moment has NaN or infinite entries.")
     U, values = (_last_directions if last else _leading_directions)(W, C, rank, squared)
     return U * _sign_of_largest(U), values
@@ -384,9 +394,9 @@ _RESOLVED = 1e-8
 
 
 def _leading_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
-    def apply(block: Tensor) -> Tensor:
-        inner = _times(C, W.T @ block)
-        return W @ (_times(C, inner) if squared else inner)
+    def apply(rows: Tensor) -> Tensor:
+        inner = _times(rows @ W, C)
+        return (_times(inner, C) if squared else inner) @ W.T
 
     found = krylov(apply, len(W), rank, W.device)
     if found is not None:
@@ -401,45 +411,88 @@ def _leading_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple
     return (vectors if wide else X @ vectors / values), values
 
 
+@dataclass(frozen=True)
+class _Triangular:
+    """A triangular factor of a product."""
+
+    matrix: Tensor
+    upper: bool
+
+    def solve(self, block: Tensor) -> Tensor:
+        return cast(Tensor, torch.linalg.solve_triangular(self.matrix, block, upper=self.upper))
+
+    @property
+    def transposed(self) -> _Triangular:
+        return _Triangular(self.matrix.T, not self.upper)
+
+    @property
+    def spread(self) -> float:
+        """The smallest pivot's share of the largest."""
+        pivots = self.matrix.diagonal().abs()
+        return float(pivots.min() / pivots.max())
+
+
 def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
-    X = _times_root(W, C, squared)
-    wide = X.shape[0] <= X.shape[1]
-    R: Tensor = torch.linalg.qr(X.T if wide else X, mode="r")[1]
-    T = R.T if wide else R  # X = Rᵀ Qᵀ or Q R, so T has X's singular values, and its left vectors but for Q
+    if 16 * max(rank, 8) > min(W.shape):  # too small for a Krylov space
+        return _last_of_all(W, C, rank, squared)
+    wide = W.shape[0] < W.shape[1]
+    if wide:  # W C = T Qᵀ
+        factors = [_Triangular(_upper(_times_root(W, C, squared).T).T, upper=False)]
+    else:  # W = Q R, so W C = Q R L Lᵀ: neither the product nor its factorisation is needed
+        factors = [_Triangular(_upper(W), upper=True), *_triangular_root(C, squared)]
 
-    def inverse(block: Tensor) -> Tensor:
-        """``(T Tᵀ)⁻¹ M``: in an inverse the last directions come first."""
-        half = torch.linalg.solve_triangular(T, block, upper=not wide)
-        return cast(Tensor, torch.linalg.solve_triangular(T.T, half, upper=wide))
+    def inverse(rows: Tensor) -> Tensor:
+        """``(T Tᵀ)⁻¹`` for the product T of the factors: in an inverse the last directions come first."""
+        block = rows.T
+        for factor in factors:
+            block = factor.solve(block)
+        for factor in reversed(factors):
+            block = factor.transposed.solve(block)
+        return block.T
 
-    pivots = R.diagonal().abs()
     found = None
-    if pivots.min() > 1e-10 * pivots.max():  # so that the inverse has six digits at the least
-        found = krylov(inverse, len(T), rank, T.device)
+    if math.prod(factor.spread for factor in factors) > 1e-10:  # so that it has six digits at the least
+        found = krylov(inverse, min(W.shape), rank, W.device)
     if found is None:
-        left, values, _ = torch.linalg.svd(T)
-        U, values = left[:, -rank:], values[-rank:]
-    else:
-        U, values = found[1].flip(1), found[0].flip(0).rsqrt()
-    if not wide:  # U = Q U_R, with Q = X R⁻¹ where R is well enough conditioned
-        U = (
-            torch.linalg.qr(X)[0] @ U
-            if found is None
-            else X @ torch.linalg.solve_triangular(R, U, upper=True)
-        )
-    return U, values
+        return _last_of_all(W, C, rank, squared)
+    values, vectors = found
+    return (vectors if wide else W @ factors[0].solve(vectors)).flip(1), values.flip(0).rsqrt()
 
 
-def _times(C: Tensor, block: Tensor) -> Tensor:
-    """``C M``, where C may be given as its diagonal."""
-    return C @ block if C.dim() == 2 else C[:, None] * block
+def _last_of_all(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
+    """The last directions out of all of them."""
+    X = _times_root(W, C, squared)
+    wide = X.shape[0] < X.shape[1]
+    left, values, _ = torch.linalg.svd(_upper(X.T).T if wide else X, full_matrices=False)
+    return left[:, -rank:], values[-rank:]
+
+
+def _upper(matrix: Tensor) -> Tensor:
+    """The triangular factor of a QR factorisation."""
+    return cast(Tensor, torch.linalg.qr(matrix, mode="r")[1])
+
+
+def _triangular_root(C: Tensor, squared: bool) -> list[_Triangular]:
+    """Triangular factors whose product is C, or a root of it."""
+    if C.dim() == 1:
+        return [_Triangular(torch.diag(C if squared else C.sqrt()), upper=True)]
+    lower, failed = torch.linalg.cholesky_ex(C)
+    if failed:
+        lower = torch.zeros_like(C)  # singular, as its pivots say
+    root = _Triangular(lower, upper=False)
+    return [root, root.transposed] if squared else [root]
+
+
+def _times(rows: Tensor, C: Tensor) -> Tensor:
+    """``M C``, where C may be given as its diagonal."""
+    return rows @ C if C.dim() == 2 else rows * C
 
 
 def _times_root(W: Tensor, C: Tensor, squared: bool) -> Tensor:
     """``W C``, or ``W L`` for a root ``C = L Lᵀ``, whose left singular vectors are those of ``W C^½``."""
-    if C.dim() == 1:
-        return W * (C if squared else C.sqrt())
-    return W @ (C if squared else factor_spd(C).lower)
+    if squared:
+        return _times(W, C)
+    return W * C.sqrt() if C.dim() == 1 else W @ factor_spd(C).lower
 
 
 # Columns ----------------------------------------------------------------------------------------------------
