@@ -25,6 +25,7 @@ from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetEr
 from lowrank_ft.manifest import Node, describe, replacements, to_json
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
+from lowrank_ft.modules.delta import digest_of
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.modules.lowrank import LowRank
@@ -290,6 +291,26 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.active))
 
 
+def digests(model: nn.Module) -> dict[str, str]:
+    """Return a digest of what each adapter depends on and no checkpoint keeps, for those that have such."""
+    found = {}
+    for name in adapter_names(model):
+        parts = {path: host.parts[name] for path, host in hosts(model).items() if name in host.parts}
+        digest = digest_of(parts)
+        if digest is not None:
+            found[name] = digest
+    return found
+
+
+def check_digest(name: str, digest: str | None, expected: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` where an adapter's random bases are not those that it was saved with."""
+    if digest != expected.get(name):
+        raise CheckpointError(
+            f"The adapter {name!r} was saved with other random bases than this package makes for it, so its "
+            f"coefficients mean nothing here: use the release it was saved with."
+        )
+
+
 def require_adapter(model: nn.Module, name: str) -> None:
     """Raise ``StateError`` unless the model has an adapter of that name."""
     known = adapter_names(model)
@@ -484,7 +505,7 @@ def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False)
             raise TargetError(f"{path} is adapted by one adapter and trained in full by another.")
         if any(p.is_meta for p in modules[path].parameters()):
             raise StateError(f"The weight of {path} is on the meta device: load the model's weights first.")
-        built[path] = node.build(meta_twin(modules[path]) if on_meta else modules[path])
+        built[path] = node.build(meta_twin(modules[path]) if on_meta else modules[path], path)
     return built
 
 
@@ -537,7 +558,7 @@ def restore_structure(model: nn.Module, nodes: Mapping[str, Node]) -> None:
             raise CheckpointError(
                 f"The manifest names a module {name!r} that {type(model).__name__} does not have."
             )
-    replace(model, {name: node.build(modules[name]) for name, node in nodes.items()})
+    replace(model, {name: node.build(modules[name], name) for name, node in nodes.items()})
 
 
 def restore_state(
@@ -545,8 +566,15 @@ def restore_state(
     active: Sequence[str],
     recipes: dict[str, dict[str, Any]],
     stages: Sequence[dict[str, Any]],
+    expected: Mapping[str, Any],
 ) -> None:
-    """Make a model built by :func:`restore_structure`, its weights loaded, like one just wrapped."""
+    """Make a model built by :func:`restore_structure`, its weights loaded, like one just wrapped.
+
+    Raises:
+        CheckpointError: an adapter depends on something that is not what it was (``expected``, by adapter).
+    """
+    for name, digest in digests(model).items():
+        check_digest(name, digest, expected)
     if stages:
         model.__dict__["_lowrank_ft_stages"] = list(stages)
     if hosts(model):
@@ -715,6 +743,7 @@ def _write_config(model: nn.Module) -> None:
             "manifest": to_json(manifest),
             "active": list(active_adapters(model)),
             "recipes": state_of(model).recipes if hosts(model) else {},
+            "digests": digests(model),
             "stages": recipes_of(model),
         }
     elif _is_ours(getattr(config, "quantization_config", None)):

@@ -32,11 +32,15 @@ class Node(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def build(self, module: nn.Module) -> nn.Module:
+    def build(self, module: nn.Module, name: str = "") -> nn.Module:
         """Return the module this node describes, to stand where ``module`` stands now.
 
         Shapes, device and dtype follow ``module``, which may be on ``meta``; values are left undefined.
         Must not change ``module``.
+
+        Args:
+            module: what stands there.
+            name: its name in the stock model.
         """
 
 
@@ -50,7 +54,7 @@ class DenseNode(Node):
 
     kind: ClassVar[str] = "dense"
 
-    def build(self, module: nn.Module) -> nn.Module:
+    def build(self, module: nn.Module, name: str = "") -> nn.Module:
         """Return ``module`` itself."""
         return module
 

@@ -232,7 +232,7 @@ def _solve(
     """Build and fill what stands at one site; from the journal where it was finished before."""
     nodes = run.method.structure(site, share)
     modules = dict(zip(site.names, site.modules, strict=True))
-    new = {name: node.build(modules[name]) for name, node in nodes.items()}
+    new = {name: node.build(modules[name], name) for name, node in nodes.items()}
     found: dict[str, Any] = {}
     if new:
         known = journal.read(site.name, new)

@@ -52,6 +52,45 @@ def test_an_adapter_moves_between_devices(tmp_path: Path) -> None:
         assert torch.equal(a, b.cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [1, 129, 9216, 100_000])
+def test_nolas_factors_are_the_same_bits_on_the_gpu(count: int, dtype: torch.dtype) -> None:
+    """By Triton; and what the gradient projects to differs by the order of its sum alone."""
+    from lowrank_ft.basis import gpu, philox
+
+    assert gpu.available()
+    for seed in (0, 1, (1 << 63) + 5):
+        stream = philox.Stream(seed, "model.layers.3.mlp.down_proj", "B")
+        generator = torch.Generator().manual_seed(0)
+        c, g = (torch.randn(n, generator=generator, dtype=dtype) for n in (70, count))
+        here, there = philox.combine(stream, c, count, 0.3), gpu.combine(stream, c.cuda(), count, 0.3)
+        assert torch.equal(here, there.cpu())
+        exact = philox.project(stream, g.double(), 70, 0.3)
+        found = gpu.project(stream, g.cuda(), 70, 0.3).cpu().double()
+        # Sums of 1/1024 of the elements in a lane, then of the lanes: rounding grows with their number.
+        torch.testing.assert_close(found, exact, rtol=0, atol=torch.finfo(dtype).eps * 32 * count**0.5)
+
+
+def test_a_nola_trains_on_the_gpu_and_runs_on_the_cpu(tmp_path: Path) -> None:
+    model, batch = on_gpu("llama", torch.float32)
+    lowrank_ft.wrap(model, "nola", rank=2, bases=16).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(8):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    lowrank_ft.save(model, tmp_path)
+    here = lowrank_ft.load(TINY["llama"].model(), tmp_path)
+    for a, b in zip(engine.hosts(here).values(), engine.hosts(model).values(), strict=True):
+        mine, theirs = (host.deltas["default"].as_lora() for host in (a, b))
+        assert torch.equal(mine.A, theirs.A.cpu())
+        assert torch.equal(mine.B, theirs.B.cpu())
+
+
 @pytest.mark.parametrize("mode", ["instruction", "knowledge"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "resnet"])
 def test_corda_starts_where_the_model_is(name: str, mode: str) -> None:

@@ -149,6 +149,27 @@ def test_compression_saves_reloads_and_generates(
     torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=1e-3)
 
 
+def test_nola_starts_at_the_identity_reloads_and_goes_to_peft(ids: Tensor, tmp_path: Path) -> None:
+    """At four bits, in under 64 KB with its metadata."""
+    model = base()
+    before = logits(model, ids)
+    lowrank_ft.wrap(model, "nola", rank=16, bases=128, bits=4)
+    assert torch.equal(logits(model, ids), before)
+    perturb(model, 0.03)
+    ours = logits(model, ids)
+    assert float((ours - before).abs().max()) > 1e-2
+    lowrank_ft.save(model, tmp_path / "adapter")
+    size = sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir())
+    print(f"nola: {size} bytes, model card included")
+    assert size < 64 * 1024
+    assert verify.reload_difference(model, str(BASE), tmp_path / "adapter", {"input_ids": ids}) == 0.0
+    lowrank_ft.export(model, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(base(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs, ids), ours, rtol=0, atol=1e-5)
+    lowrank_ft.unload(model)
+    assert torch.equal(logits(model, ids), before)
+
+
 @pytest.mark.parametrize("mode", ["knowledge", "instruction"])
 def test_corda_starts_at_the_identity_reloads_and_goes_to_peft(
     mode: str, ids: Tensor, tmp_path: Path

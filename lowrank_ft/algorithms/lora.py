@@ -43,8 +43,8 @@ Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
 
 @dataclass(frozen=True)
-class LoRAOptions(LowRankConfig):
-    """Options of every adapter that ends as a LoRA, whatever it starts from."""
+class ScaledOptions(LowRankConfig):
+    """Options of every update that is a scaled product of two factors."""
 
     alpha: float | None = None
     """Scale of the update: it is multiplied by alpha/rank (or alpha/√rank). The rank itself by default."""
@@ -54,8 +54,6 @@ class LoRAOptions(LowRankConfig):
     """"standard" is alpha/rank; "rslora" is alpha/√rank, which keeps large ranks learning."""
     dropout: float = 0.0
     """Probability of dropping an element of the update's input in training."""
-    dora: bool = False
-    """Train a magnitude for each output beside the direction (DoRA)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,18 +68,30 @@ class LoRAOptions(LowRankConfig):
         default = float(rank) if self.alpha is None else self.alpha
         return lookup(self.alpha_pattern, name, default)
 
+    def check_dropout(self, site: Site) -> None:
+        """Raise ``TargetError`` where the input of a layer cannot be dropped."""
+        if layer_of(site.modules[0]).kind == "embedding" and self.dropout > 0:
+            raise TargetError(
+                f"{site.names[0]} is an Embedding, whose input cannot be dropped. Exclude it, or set "
+                f"dropout=0."
+            )
+
+
+@dataclass(frozen=True)
+class LoRAOptions(ScaledOptions):
+    """Options of every adapter that ends as a LoRA, whatever it starts from."""
+
+    dora: bool = False
+    """Train a magnitude for each output beside the direction (DoRA)."""
+
     def node(self, site: Site, rank: int, *, anchored: bool) -> LoRANode:
         """Return the structure of a LoRA on a site.
 
         Raises:
             TargetError: dropout on an embedding.
         """
-        name = site.names[0]
-        if layer_of(site.modules[0]).kind == "embedding" and self.dropout > 0:
-            raise TargetError(
-                f"{name} is an Embedding, whose input cannot be dropped. Exclude it, or set dropout=0."
-            )
-        alpha = self.alpha_of(name, rank)
+        self.check_dropout(site)
+        alpha = self.alpha_of(site.names[0], rank)
         return LoRANode(rank, alpha, self.scaling, self.dropout, self.dora, anchored)
 
 
@@ -94,18 +104,14 @@ class LoRA(LoRAOptions):
     (leading singular triples) or "olora" (QR)."""
 
 
-@register_node
 @dataclass(frozen=True)
-class LoRANode(DeltaNode):
-    """The structure of a LoRA on one layer."""
+class ScaledNode(DeltaNode):
+    """The structure of a scaled product of two factors."""
 
-    kind: ClassVar[str] = "lora"
     rank: int
     alpha: float
     scaling: Scaling = "standard"
     dropout: float = 0.0
-    dora: bool = False
-    anchored: bool = False  # the delta is measured from a frozen start, B₀ A₀
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -115,6 +121,16 @@ class LoRANode(DeltaNode):
     def scale(self) -> float:
         """The factor on ``B A``."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+
+@register_node
+@dataclass(frozen=True)
+class LoRANode(ScaledNode):
+    """The structure of a LoRA on one layer."""
+
+    kind: ClassVar[str] = "lora"
+    dora: bool = False
+    anchored: bool = False  # the delta is measured from a frozen start, B₀ A₀
 
     def delta(self, layer: Layer) -> Delta:
         """Return the LoRA for ``layer``."""

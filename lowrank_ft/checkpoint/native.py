@@ -24,6 +24,7 @@ from lowrank_ft.errors import CheckpointError, StateError, did_you_mean
 from lowrank_ft.manifest import Manifest, Node
 from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.copied import CopiedNode
+from lowrank_ft.modules.delta import digest_of
 from lowrank_ft.modules.host import Host
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -60,6 +61,7 @@ def save_adapters(
         "active": [name for name in engine.active_adapters(model) if name in names],
         "base": base_model.identify(model, _replaced(structure)),
         "manifest": manifest.to_json(structure),
+        "digests": {n: digest for n, digest in engine.digests(model).items() if n in names},
         "versions": versions(),
     }
     with files.staged(directory) as staging:
@@ -85,6 +87,7 @@ def save_model(
         "adapters": dict(engine.state_of(model).recipes) if engine.hosts(model) else {},
         "base": base_model.identify(model),
         "manifest": manifest.to_json(manifest.describe(model)),
+        "digests": engine.digests(model),
         "versions": versions(),
     }
     with files.staged(directory) as staging:
@@ -186,7 +189,9 @@ def _load_adapters(
 
     built = {}
     for source in targets:
-        tensors.check(source, nodes[source], engine.build(model, nodes[source], on_meta=True), packed)
+        shells = engine.build(model, nodes[source], on_meta=True)
+        tensors.check(source, nodes[source], shells, packed)
+        engine.check_digest(source, digest_of(shells), index.get("digests") or {})
     for source, target in targets.items():
         built[target] = engine.build(model, nodes[source])
         tensors.unpack(source, nodes[source], built[target], packed)
@@ -261,7 +266,11 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
     engine.restore_structure(model, structure)
     model.load_state_dict(state, strict=False)  # tied tensors are there under one name
     engine.restore_state(
-        model, index.get("active") or (), dict(index.get("adapters") or {}), index.get("stages") or ()
+        model,
+        index.get("active") or (),
+        dict(index.get("adapters") or {}),
+        index.get("stages") or (),
+        index.get("digests") or {},
     )
 
 

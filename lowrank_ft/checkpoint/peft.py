@@ -138,6 +138,7 @@ def export(model: nn.Module, directory: Path, tokenizer: Any, rank: int | None =
     return facts
 
 
+@torch.no_grad()
 def _export_layer(path: str, host: Adapted, name: str, at_most: int | None) -> _Exported:
     delta, layer = host.deltas[name], host.layer
     _check_conv(path, layer)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.manifest import Node
+from lowrank_ft.modules.delta import Delta
 
 Parts = Mapping[str, nn.Module]
 Nodes = Mapping[str, Node]
@@ -24,7 +25,7 @@ def pack(name: str, nodes: Nodes, parts: Parts) -> dict[str, Tensor]:
     """Return the values of adapter ``name``, concatenated; mixed dtypes meet in the wider one, exactly."""
     groups: dict[str, list[Tensor]] = {}
     for path, part in sorted(parts.items()):
-        for key, tensor in part.state_dict().items():
+        for key, tensor in _values(part).items():
             groups.setdefault(f"{name}.{nodes[path].kind}.{key}", []).append(tensor.detach().cpu().flatten())
     packed = {}
     for key, tensors in groups.items():
@@ -39,10 +40,12 @@ def check(name: str, nodes: Nodes, parts: Parts, packed: Mapping[str, Tensor]) -
     ``parts`` may be on ``meta``: nothing is allocated on the word of a manifest.
     """
     wanted: dict[str, int] = {}
+    real: dict[str, bool] = {}
     for path, part in parts.items():
-        for key, tensor in part.state_dict().items():
+        for key, tensor in _values(part).items():
             group = f"{name}.{nodes[path].kind}.{key}"
             wanted[group] = wanted.get(group, 0) + tensor.numel()
+            real[group] = tensor.is_floating_point()
     held = {key for key in packed if key.startswith(f"{name}.")}
     if held != set(wanted):
         raise CheckpointError(
@@ -55,6 +58,8 @@ def check(name: str, nodes: Nodes, parts: Parts, packed: Mapping[str, Tensor]) -
                 f"The tensor {group!r} has {packed[group].numel()} elements, but the manifest on this model "
                 f"describes {count}: the manifest's shapes are wrong, or the base model is another one."
             )
+        if packed[group].is_floating_point() is not real[group]:
+            raise CheckpointError(f"The tensor {group!r} has the wrong type, {packed[group].dtype}.")
 
 
 def unpack(name: str, nodes: Nodes, parts: Parts, packed: Mapping[str, Tensor]) -> None:
@@ -62,8 +67,19 @@ def unpack(name: str, nodes: Nodes, parts: Parts, packed: Mapping[str, Tensor]) 
     offsets: dict[str, int] = {}
     with torch.no_grad():
         for path, part in sorted(parts.items()):
-            for key, tensor in part.state_dict().items():
+            values: dict[str, Tensor] = {}
+            for key, tensor in _values(part).items():
                 group = f"{name}.{nodes[path].kind}.{key}"
                 start = offsets.get(group, 0)
                 offsets[group] = start + tensor.numel()
-                tensor.copy_(packed[group][start : offsets[group]].view(tensor.shape))
+                values[key] = packed[group][start : offsets[group]].view(tensor.shape).to(tensor.device)
+            if isinstance(part, Delta):
+                part.unpack(values)
+            else:
+                for key, tensor in part.state_dict().items():
+                    tensor.copy_(values[key])
+
+
+def _values(part: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint keeps of one part."""
+    return part.packed() if isinstance(part, Delta) else dict(part.state_dict())

@@ -73,7 +73,9 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
             if hasattr(module, "config"):
                 module.config.__dict__.pop("_is_quantized", None)
         stages = getattr(content, "stages", [])
-        engine.restore_state(model, tuple(content.active), dict(content.recipes), stages)
+        engine.restore_state(
+            model, tuple(content.active), dict(content.recipes), stages, getattr(content, "digests", {})
+        )
         return model
 
 

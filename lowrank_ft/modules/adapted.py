@@ -28,11 +28,11 @@ class AdaptedNode(Node):
     deltas: Mapping[str, DeltaNode]
     base: Node = field(default_factory=DenseNode)
 
-    def build(self, module: nn.Module) -> Adapted:
+    def build(self, module: nn.Module, name: str = "") -> Adapted:
         """Build the base, and the deltas on it."""
-        host = Adapted(self.base.build(module))
-        for name, node in self.deltas.items():
-            host.attach(name, node, node.build(host.base))
+        host = Adapted(self.base.build(module, name))
+        for adapter, node in self.deltas.items():
+            host.attach(adapter, node, node.build(host.base, name))
         return host
 
 

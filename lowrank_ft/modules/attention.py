@@ -47,7 +47,7 @@ class AttentionNode(Node):
     qkv: str = ""
     split: tuple[int, ...] = ()
 
-    def build(self, module: nn.Module) -> ResizedAttention:
+    def build(self, module: nn.Module, name: str = "") -> ResizedAttention:
         """Build the module; its children are those of ``module``, to be replaced in their turn.
 
         Raises:

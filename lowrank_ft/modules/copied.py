@@ -28,7 +28,7 @@ class CopyNode(Node):
     kind: ClassVar[str] = "copy"
     trainable: bool = True
 
-    def build(self, module: nn.Module) -> nn.Module:
+    def build(self, module: nn.Module, name: str = "") -> nn.Module:
         """Return the copy, which starts with the values of ``module``."""
         return copy.deepcopy(module)
 
@@ -42,11 +42,11 @@ class CopiedNode(Node):
     copies: Mapping[str, CopyNode]
     base: Node = field(default_factory=DenseNode)
 
-    def build(self, module: nn.Module) -> Copied:
+    def build(self, module: nn.Module, name: str = "") -> Copied:
         """Build the base, and its copies."""
-        host = Copied(self.base.build(module))
-        for name, node in self.copies.items():
-            host.attach(name, node, node.build(host.base))
+        host = Copied(self.base.build(module, name))
+        for adapter, node in self.copies.items():
+            host.attach(adapter, node, node.build(host.base, name))
         return host
 
 

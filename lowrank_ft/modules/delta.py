@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,9 +36,9 @@ class DeltaNode(Node):
     that are there already.
     """
 
-    def build(self, module: nn.Module) -> Delta:
+    def build(self, module: nn.Module, name: str = "") -> Delta:
         """Return the delta for the layer ``module``, its parameters allocated but not filled."""
-        return self.delta(layer_of(module))
+        return self.delta(layer_of(module, name))
 
     @abstractmethod
     def delta(self, layer: Layer) -> Delta:
@@ -87,6 +89,24 @@ class Delta(nn.Module):
         """Return a factor ``(out,)`` on each row of ``W + ΔW`` (DoRA), or None for one."""
         return None
 
+    def packed(self) -> dict[str, Tensor]:
+        """Return the values that an adapter checkpoint keeps; all of them by default."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    @torch.no_grad()
+    def unpack(self, packed: Mapping[str, Tensor]) -> None:
+        """Fill the delta from what :meth:`packed` gave."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(packed[name])
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Something of all that the update depends on and no checkpoint keeps; nothing by default.
+
+        A checkpoint records a digest of it, and does not load where that has changed.
+        """
+        return b""
+
     def drop(self, x: Tensor) -> Tensor:
         """Return ``x`` after this delta's dropout; ``x`` itself outside training."""
         return F.dropout(x, self.dropout, self.training) if self.drops else x
@@ -109,3 +129,11 @@ class Delta(nn.Module):
         weight = self.layer.weight
         half = weight.dtype in (torch.float16, torch.bfloat16)
         return torch.empty(*shape, dtype=torch.float32 if half else weight.dtype, device=weight.device)
+
+
+def digest_of(parts: Mapping[str, nn.Module]) -> str | None:
+    """Return a SHA-256 over the fingerprints of an adapter's parts, by name; None where none has one."""
+    prints = {name: part.fingerprint for name, part in parts.items() if isinstance(part, Delta)}
+    if not any(prints.values()):
+        return None
+    return hashlib.sha256(b"".join(prints[name] for name in sorted(prints))).hexdigest()

@@ -29,11 +29,13 @@ class Layer(ABC):
         module: the layer itself; its weight is read, never written.
         out_features: rows of the matrix; channels of the output.
         in_features: columns of the matrix: input features, vocabulary size, or ``in/groups · k · k``.
+        name: the module's name in the stock model, where :func:`layer_of` was told.
     """
 
     kind: ClassVar[str]
     out_features: int
     in_features: int
+    name: str = ""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -283,6 +285,7 @@ def layer_of(module: nn.Module, name: str = "") -> Layer:
             f"{name or 'The module'} is a {type(module).__name__}, which cannot be adapted. Linear, Conv1D "
             f"(GPT-2), Embedding and Conv1d/2d/3d layers can: exclude it, or name the layers inside it."
         )
+    view.name = name
     return view
 
 

@@ -33,7 +33,7 @@ class LowRankNode(Node):
     first: Node = field(default_factory=DenseNode)
     second: Node = field(default_factory=DenseNode)
 
-    def build(self, module: nn.Module) -> LowRank:
+    def build(self, module: nn.Module, name: str = "") -> LowRank:
         """Build both factors for the layer ``module``.
 
         Raises:

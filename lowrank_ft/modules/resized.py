@@ -25,7 +25,7 @@ class ResizedNode(Node):
     in_features: int
     bias: bool = False
 
-    def build(self, module: nn.Module) -> Resized:
+    def build(self, module: nn.Module, name: str = "") -> Resized:
         """Build the layer for the stock one, ``module``.
 
         Raises:

@@ -60,6 +60,22 @@ def test_peft_loads_corda_on_the_untouched_base(name: str, tmp_path: Path) -> No
     assert theirs.peft_config["default"].r == 4
 
 
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_peft_loads_nola_as_a_lora(name: str, bits: int, tmp_path: Path) -> None:
+    """The factors as they are, of the rounded coefficients where those are what is run."""
+    case = Case("nola", name, options={"rank": 2, "bases": 6, "alpha": 5.0, "bits": bits})
+    model, batch = perturb(case.wrapped(), scale=1.0), case.tiny.inputs()
+    lowrank_ft.export(model.train(), tmp_path / "peft", "peft")
+    held = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    path, host = next(iter(engine.hosts(model.eval()).items()))
+    written = held[f"base_model.model.{path}.lora_A.weight"].view(2, -1)
+    assert torch.equal(written, host.deltas["default"].as_lora().A)
+    theirs = PeftModel.from_pretrained(case.tiny.model(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs, batch), logits(model, batch), rtol=0, atol=5e-5)
+    assert theirs.peft_config["default"].r == 2
+
+
 def test_an_update_of_twice_the_rank_can_be_cut_and_says_what_that_loses(tmp_path: Path) -> None:
     case = Case("corda", "llama", options={"rank": 2, "alpha": 5.0})
     model, batch = perturb(case.wrap(case.tiny.model(torch.float64))), case.tiny.inputs()

@@ -32,6 +32,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "dora": {"dora": True},
         "budget": {"budget": 3000},
     },
+    "nola": {
+        "uniform": {"basis": "uniform", "scaling": "rslora", "alpha": 3.0},
+        "coefficients": {"init": "coefficients", "dropout": 0.3},
+    },
     "lord": {
         "output": {"objective": "output"},
         "probe": {"objective": "output", "allocation": "probe"},
@@ -110,6 +114,8 @@ class Case:
 
 
 def _options(method: str) -> dict[str, Any]:
+    if method == "nola":
+        return {"rank": 2, "bases": 6}
     if issubclass(methods[method].Config, LowRankConfig):
         return {"rank": 2}
     return {"ratio": 0.3, "align": 1} if issubclass(methods[method].Config, CompressorConfig) else {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -48,7 +49,11 @@ def launch(
     return torch.load(weights, weights_only=True), report
 
 
-def test_two_processes_equal_one(base: Path, texts: Path, tmp_path: Path) -> None:  # noqa: F811
+METHODS = {"lora": {"name": "lora", "rank": 2}, "nola": {"name": "nola", "rank": 2, "bases": 8, "bits": 8}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(method: str, base: Path, texts: Path, tmp_path: Path) -> None:  # noqa: F811
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump(
@@ -59,7 +64,7 @@ def test_two_processes_equal_one(base: Path, texts: Path, tmp_path: Path) -> Non
                     "eval": str(texts / "heldout.jsonl"),
                     "max_length": 16,
                 },
-                "method": {"name": "lora", "rank": 2},
+                "method": METHODS[method],
                 "train": {"max_steps": 5, "learning_rate": 0.01, "extra": {"disable_tqdm": True}},
                 "output": "unused",
             }

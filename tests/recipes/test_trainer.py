@@ -11,7 +11,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lowrank_ft
@@ -161,6 +161,37 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched(tokenizer: Any, 
     ):
         trainer.train()
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
+
+
+def test_nola_projects_once_for_each_step(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two micro-batches, before clipping; and the steps are those of projecting both."""
+    from lowrank_ft.basis import combination
+
+    def nola() -> nn.Module:
+        return lowrank_ft.wrap(TINY["llama"].model(), "nola", rank=2, bases=4)
+
+    projected = 0
+    project = combination.basis.project
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal projected
+        projected += 1
+        return project(*args)
+
+    monkeypatch.setattr(combination.basis, "project", counted)
+    once = make_trainer("trainer", model := nola(), tokenizer, tmp_path / "a", max_grad_norm=0.01)
+    once.train()
+    assert projected == STEPS * 2 * len(engine.hosts(model))
+    monkeypatch.setattr(combination, "_synchronizes", lambda: True)
+    each = make_trainer("trainer", other := nola(), tokenizer, tmp_path / "b", max_grad_norm=0.01)
+    each.train()
+    assert projected == 3 * STEPS * 2 * len(engine.hosts(model))
+    # The same sums in another order, in float32, eight steps long.
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert losses(once)[-1] < losses(once)[0]
 
 
 def test_gradient_checkpointing_trains_the_same(tokenizer: Any, tmp_path: Path) -> None:

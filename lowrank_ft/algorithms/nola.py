@@ -1,0 +1,193 @@
+"""NOLA: a LoRA whose factors are combinations of random matrices, so that an adapter is a few kilobytes.
+
+Koohpayegani et al. 2024, arXiv 2310.02556, equation 3: ``A = Σ α_i A_i``, ``B = Σ β_j B_j`` with frozen
+random ``A_i: r × in`` and ``B_j: out × r``; only the coefficients α and β are trained and kept. Here the
+random matrices are signs that are a pure function of a seed, the layer's name and an index
+(:mod:`lowrank_ft.basis.philox`), so that the same adapter is the same bits on every machine;
+``basis="uniform"`` draws the paper's uniform entries from the same function.
+
+``A`` has a frozen random start beside its combination, as in the paper's code for language models: with α and
+β both zero ``ΔW = 0``, and β has a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lowrank_ft import blockwise
+from lowrank_ft.algorithms.base import Counts, Family, Method, Share, Statistics, generator_for
+from lowrank_ft.algorithms.lora import ScaledNode, ScaledOptions
+from lowrank_ft.basis import philox
+from lowrank_ft.basis.combination import Combination
+from lowrank_ft.basis.philox import Stream
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.modules.delta import Delta, LowRankForm
+from lowrank_ft.modules.layer import Layer
+from lowrank_ft.registry import register_method, register_node
+from lowrank_ft.sites import Site, check_patterns
+
+Start = Literal["kaiming", "coefficients"]
+Basis = Literal["rademacher", "uniform"]
+
+
+@dataclass(frozen=True)
+class NOLA(ScaledOptions):
+    """NOLA: a LoRA of which only the coefficients of random matrices are trained and kept."""
+
+    bases: int = 128
+    """Random matrices that each factor combines, and so coefficients it has: a layer trains twice as many."""
+    basis: Basis = "rademacher"
+    """Entries of the random matrices: signs, or the paper's uniform ones, which are slower to draw."""
+    init: Start = "kaiming"
+    """A starts from a frozen random matrix with its coefficients at zero, or without one from random
+    coefficients; B at zero. (Embeddings: the other way round.)"""
+    bits: Literal[32, 16, 8, 4] = 32
+    """Bits of a coefficient in a checkpoint; with fewer than 32, what is evaluated is rounded to them."""
+    train_rounded: bool = False
+    """Train on the rounded coefficients too, passing gradients through the rounding as they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bases < 1:
+            raise ConfigError(f"bases must be at least 1, but is {self.bases}.")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"The seed of a basis has 64 bits and no sign, but is {self.seed}.")
+        if self.train_rounded and self.bits == 32:
+            raise ConfigError("train_rounded has no meaning with bits=32: set bits to 16, 8 or 4.")
+
+
+@register_node
+@dataclass(frozen=True)
+class NOLANode(ScaledNode):
+    """The structure of a NOLA on one layer."""
+
+    kind: ClassVar[str] = "nola"
+    bases: int = 128
+    basis: Basis = "rademacher"
+    init: Start = "kaiming"
+    bits: Literal[32, 16, 8, 4] = 32
+    train_rounded: bool = False
+    seed: int = 0
+    version: int = philox.VERSION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.version != philox.VERSION:
+            raise ConfigError(
+                f"The adapter's bases are of version {self.version}, and this package makes version "
+                f"{philox.VERSION}: use the release it was saved with."
+            )
+        if self.bases < 1 or not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"bases={self.bases} or seed={self.seed} is out of range.")
+
+    def delta(self, layer: Layer) -> Delta:
+        """Return the NOLA for ``layer``."""
+        return NOLADelta(self, layer)
+
+
+class NOLADelta(Delta):
+    """``coefficients_A`` and ``coefficients_B``, ``(bases,)`` each."""
+
+    node: NOLANode
+
+    def __init__(self, node: NOLANode, layer: Layer) -> None:
+        super().__init__(node, layer)
+        self.coefficients_A = self.new_parameter(node.bases)
+        self.coefficients_B = self.new_parameter(node.bases)
+        self.dropout = node.dropout
+        embedding = layer.kind == "embedding"  # PEFT's: A is zero there, and B standard normal
+        kaiming = 1 / math.sqrt(3 * layer.in_features)
+        start_A, start_B = (0.0, 1.0) if embedding else (kaiming, 0.0)
+        if node.init == "coefficients":
+            start_A = start_B = 0.0
+        self.A = self._combination("A", (node.rank, layer.in_features), start_A)
+        self.B = self._combination("B", (layer.out_features, node.rank), start_B)
+
+    def _combination(self, factor: Literal["A", "B"], shape: tuple[int, int], start: float) -> Combination:
+        stream = Stream(self.node.seed, self.layer.name, factor, self.node.basis)
+        return Combination(stream, shape, self.node.bases, start)
+
+    def as_lora(self) -> LowRankForm:
+        """Return the two factors, built once for each step of the optimiser."""
+        bits = self.node.bits if self.rounds else 32
+        A = self.A.value(self.coefficients_A, bits)
+        B = self.B.value(self.coefficients_B, bits)
+        return LowRankForm(A, B, self.node.scale)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the coefficients are rounded to ``bits`` right now."""
+        return self.node.train_rounded or not (self.training and torch.is_grad_enabled())
+
+    def packed(self) -> dict[str, Tensor]:
+        """Return the coefficients in ``bits`` bits."""
+        packed = {}
+        for name, values in super().packed().items():
+            if self.node.bits in (4, 8):
+                packed[f"{name}.codes"], packed[f"{name}.scales"] = blockwise.encode(values, self.node.bits)
+            else:
+                packed[name] = values.bfloat16() if self.node.bits == 16 else values
+        return packed
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> None:
+        """Fill the coefficients from what :meth:`packed` gave."""
+        if self.node.bits in (4, 8):
+            packed = {
+                name: blockwise.decode(
+                    packed[f"{name}.codes"], packed[f"{name}.scales"], self.node.bits, values
+                )
+                for name, values in self.state_dict().items()
+            }
+        super().unpack(packed)
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """The first block of each factor's first basis matrix."""
+        words = [*self.A.stream.first_block(1), *self.B.stream.first_block(1)]
+        return struct.pack("<8I", *words)
+
+
+@register_method
+class NOLAMethod(Method[NOLA]):
+    """LoRA in a random basis."""
+
+    name = "nola"
+    family = Family.ADAPTER
+    Config = NOLA
+
+    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+        """Give each layer its rank."""
+        check_patterns(self.config.alpha_pattern, [s.names[0] for s in sites], "alpha_pattern")
+        return super().plan(sites, statistics, counts)
+
+    def structure(self, site: Site, share: Share) -> Mapping[str, NOLANode]:
+        """Return one NOLA a layer."""
+        self.config.check_dropout(site)
+        name, rank, c = site.names[0], cast(int, share.rank), self.config
+        node = NOLANode(
+            rank, c.alpha_of(name, rank), c.scaling, c.dropout, c.bases, c.basis, c.init, c.bits,
+            c.train_rounded, c.seed,
+        )  # fmt: skip
+        return {name: node}
+
+    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
+        """Start with ``ΔW = 0``."""
+        delta = cast(NOLADelta, new[site.names[0]])
+        filled, zero = delta.coefficients_A, delta.coefficients_B
+        if delta.layer.kind == "embedding":
+            filled, zero = zero, filled
+        with torch.no_grad():
+            zero.zero_()
+            filled.zero_()
+            if self.config.init == "coefficients":
+                filled.copy_(
+                    torch.randn(len(filled), generator=generator_for(self.config.seed, site.names[0]))
+                )
