@@ -56,6 +56,33 @@ def delta_of(model: nn.Module, layer: str = "layer") -> LoRADelta:
 # The definition ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(160, 160), (200, 160), (160, 200)], ids=str)
+@pytest.mark.parametrize("squared", [True, False])
+def test_the_last_directions_are_found_beside_one_that_is_far_smaller(
+    shape: tuple[int, int], squared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the inverse it is far larger, and would drown the others in its rounding errors."""
+    left, right = (torch.linalg.qr(randn(n, n, seed=n))[0] for n in shape)
+    n = min(shape)
+    values = torch.linspace(1, 0.1, n, dtype=torch.float64)
+    values[-1] = 1e-6 if squared else 1e-4  # C^½ comes from C, which holds its square to 1e-16
+    spectrum = torch.ones(shape[1], dtype=torch.float64)
+    spectrum[:n] = values if squared else values.square()
+    C = (right * spectrum) @ right.T
+    W = left[:, :n] @ right[:, :n].T  # so that W C = left · values · rightᵀ
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("solved in full")
+
+    monkeypatch.setattr(linalg, "_last_of_all", refuse)
+    U, found = linalg.output_directions(W, C, 8, squared=squared, last=True)
+    exact = left[:, n - 8 : n]
+    torch.testing.assert_close(found, values[-8:], rtol=1e-6, atol=1e-12)
+    # Neighbours are 0.006 apart, so vectors turn by residual / gap; the space by less.
+    torch.testing.assert_close(U @ U.T, exact @ exact.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(U.T @ U, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("mode", ["instruction", "knowledge"])
 @pytest.mark.parametrize("objective", ["covariance", "output"])
 @pytest.mark.parametrize(("out", "into"), SHAPES)
