@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import common
@@ -196,14 +196,23 @@ def memory(args: argparse.Namespace) -> list[dict[str, str]]:
 def peak(args: argparse.Namespace) -> int:
     """Return what three steps take in bytes, above the loaded model."""
     model = wrapped(args, args.peak_of)
-    own = sum(t.nbytes for t in engine.stock_tensors(model).values())
     step = stepper(args, model)
-    on_gpu = args.device.startswith("cuda")
-    before = own if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if args.device.startswith("cuda"):
+        own = sum(t.nbytes for t in engine.stock_tensors(model).values())
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() - own
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of loading, is forgotten
+    before = resident("VmRSS")
     for _ in range(3):
         step()
-    after = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return (after or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) - before
+    return resident("VmHWM") - before
+
+
+def resident(what: str) -> int:
+    """Return the resident memory of this process, present or peak, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
 if __name__ == "__main__":
