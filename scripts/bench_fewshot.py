@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 import lowrank_ft
 
-CLASSES, BATCH, STEPS, HEAD_RATE = 10, 10, 100, 1e-3
+CLASSES, BATCH, STEPS, HEAD_RATE = 10, 10, 100, 1e-2
 SEEDS = {5: 3, 10: 1}
 VALIDATION, TEST, POOL = 300, 1000, 5000  # pictures to choose the rate by; to test on; to draw examples from
 
@@ -47,10 +47,10 @@ class Contestant:
 # On DINOv2 ViT-S a LoRA of rank 1 on all linear layers has 82,944 numbers: 576 for each factor of 72 layers.
 CONTESTANTS = {
     "head": Contestant(None, {}, (0.0,)),
-    "LoRA r=1": Contestant("lora", {"rank": 1}, (1e-3, 3e-3)),
-    "LoRA r=4": Contestant("lora", {"rank": 4}, (1e-3, 3e-3)),
-    "NOLA, LoRA r=1's size": Contestant("nola", {"rank": 4, "bases": 576}, (3e-3, 1e-2)),
-    "NOLA, half of it": Contestant("nola", {"rank": 4, "bases": 288}, (3e-3, 1e-2)),
+    "LoRA r=1": Contestant("lora", {"rank": 1}, (1e-3, 3e-3, 1e-2)),
+    "LoRA r=4": Contestant("lora", {"rank": 4}, (1e-3, 3e-3, 1e-2)),
+    "NOLA, LoRA r=1's size": Contestant("nola", {"rank": 4, "bases": 576}, (3e-3, 1e-2, 3e-2)),
+    "NOLA, half of it": Contestant("nola", {"rank": 4, "bases": 288}, (3e-3, 1e-2, 3e-2)),
 }
 
 

@@ -60,7 +60,7 @@ class Contestant:
 
 
 def lora(rank: int) -> Contestant:
-    rates = {1: (1e-3, 3e-3, 1e-2), 4: (1e-3, 3e-3)}.get(rank, (1e-3,))
+    rates = {1: (1e-3, 3e-3, 1e-2, 3e-2), 4: (3e-3, 1e-2)}.get(rank, (3e-3,))
 
     def wrap(model: nn.Module, seed: int) -> nn.Module:
         return lowrank_ft.wrap(model, "lora", rank=rank, seed=seed)

@@ -46,6 +46,7 @@ class Combination:
         self._gradient: Tensor | None = None  # summed over micro-batches, not projected yet
         self._backward = -1  # in which it was last added to
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is known now is no part of a graph
     def value(self, coefficients: nn.Parameter, bits: int = 32) -> Tensor:
         """Return the factor, differentiable in the coefficients.
 

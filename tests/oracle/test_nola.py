@@ -410,6 +410,28 @@ def test_evaluation_in_inference_mode_does_not_spoil_training() -> None:
     assert delta_of(model).coefficients_A.grad.abs().sum() > 0
 
 
+# Dynamo looks at .grad of whatever enters a graph, and a factor is no leaf; and it instantiates Function.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_takes_the_same_steps() -> None:
+    """In several graphs, since factors are built between them."""
+    batch = TINY["llama"].inputs()
+    torch._dynamo.reset()
+    model = perturb(lowrank_ft.wrap(TINY["llama"].model(), "nola", rank=2, bases=4, layers=0))
+    losses = []
+    for run in (torch.compile(copy.deepcopy(model), backend="aot_eager"), model):
+        optimizer = torch.optim.SGD([p for p in run.parameters() if p.requires_grad], lr=0.5)
+        losses.append([])
+        for _ in range(4):
+            loss = run(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # float32, a few steps
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_training_leaves_the_global_random_state_alone() -> None:
     model = lowrank_ft.wrap(TINY["llama"].model(), "nola", rank=2, bases=3).train()
     before = torch.get_rng_state()
