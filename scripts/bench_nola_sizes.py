@@ -60,7 +60,7 @@ class Contestant:
 
 
 def lora(rank: int) -> Contestant:
-    rates = {1: (1e-3, 3e-3, 1e-2, 3e-2), 4: (3e-3, 1e-2)}.get(rank, (3e-3,))
+    rates = {1: (1e-3, 3e-3, 1e-2, 3e-2), 4: (1e-2,)}.get(rank, (3e-3,))
 
     def wrap(model: nn.Module, seed: int) -> nn.Module:
         return lowrank_ft.wrap(model, "lora", rank=rank, seed=seed)
@@ -125,7 +125,6 @@ def main() -> None:
         for contestant in CONTESTANTS[part::parts]:
             for rate in contestant.rates:
                 ensure(contestant, rate, 0, args)
-        for contestant in CONTESTANTS[part::parts]:
             for seed in range(1, args.seeds if contestant.frontier else 1):
                 ensure(contestant, best_rate(contestant, common.read(args.results)), seed, args)
     rows = common.read(args.results)

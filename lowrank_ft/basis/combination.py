@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from typing import Any, cast
 
 import torch
@@ -75,7 +76,8 @@ class Combination:
         """Take a gradient of the factor; return the coefficients', zero until the last micro-batch."""
         backward = _current_backward()
         if self._gradient is not None and coefficients.grad is None and backward != self._backward:
-            self._gradient = None  # what was summed has been thrown away with the gradients
+            self._gradient = None
+            warnings.warn(_THROWN_AWAY, RuntimeWarning, stacklevel=2)
         self._backward = backward
         if self._gradient is not None:
             gradient = self._gradient.add_(gradient)
@@ -99,6 +101,13 @@ class _Materialized(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.combination.receive(gradient, ctx.coefficients), None, None
+
+
+_THROWN_AWAY = (
+    "Gradients of micro-batches were set to None before accelerate had said that they were the last of a "
+    "step, so they are lost. If this loop is not accelerate's, an interrupted one left its state behind: call "
+    "accelerate.state.GradientState._reset_state()."
+)
 
 
 def _wide(tensor: Tensor) -> Tensor:
