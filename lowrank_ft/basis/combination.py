@@ -105,8 +105,8 @@ class _Materialized(torch.autograd.Function):
 
 _THROWN_AWAY = (
     "Gradients of micro-batches were set to None before accelerate had said that they were the last of a "
-    "step, so they are lost. If this loop is not accelerate's, an interrupted one left its state behind: call "
-    "accelerate.state.GradientState._reset_state()."
+    "step, so they are lost. If this loop is not accelerate's, an interrupted one left its state behind: "
+    "call accelerate.state.GradientState._reset_state()."
 )
 
 
