@@ -293,10 +293,9 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 def digests(model: nn.Module) -> dict[str, str]:
     """Return a digest of what each adapter depends on and no checkpoint keeps, for those that have such."""
-    found = {}
+    found, carriers = {}, hosts(model)
     for name in adapter_names(model):
-        parts = {path: host.parts[name] for path, host in hosts(model).items() if name in host.parts}
-        digest = digest_of(parts)
+        digest = digest_of({path: host.parts[name] for path, host in carriers.items() if name in host.parts})
         if digest is not None:
             found[name] = digest
     return found

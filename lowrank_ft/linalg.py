@@ -178,9 +178,9 @@ def krylov(
         left, and those turn vectors by no more than rounding. None where half of the whole space, or eighteen
         blocks, are not enough, or where the whole problem is too small for it to pay.
     """
-    width = max(count, 8)
-    if 16 * width > n:
+    if not _krylov_pays(n, count):
         return None
+    width = _width(count)
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(width, n, generator=generator, dtype=torch.float64).to(device)
     blocks = min(18, n // (2 * width))
@@ -214,6 +214,16 @@ def krylov(
             both, _ = torch.linalg.qr(torch.cat([first.T, found[1]], 1))  # orthogonal but for rounding
             return torch.cat([values[:outliers], found[0]]), both
     return None
+
+
+def _width(count: int) -> int:
+    """Vectors of a block; fewer than eight would take more steps for no less work."""
+    return max(count, 8)
+
+
+def _krylov_pays(n: int, count: int) -> bool:
+    """Whether a problem is large enough for a Krylov space to be less work than all of it."""
+    return 16 * _width(count) <= n
 
 
 # Beside an eigenvalue as much larger, the rounding errors of its images hide the residuals of the others.
@@ -455,7 +465,7 @@ class _Triangular:
 
 
 def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
-    if 16 * max(rank, 8) > min(W.shape):  # too small for a Krylov space
+    if not _krylov_pays(min(W.shape), rank):
         return _last_of_all(W, C, rank, squared)
     wide = W.shape[0] < W.shape[1]
     if wide:  # W C = T Qᵀ

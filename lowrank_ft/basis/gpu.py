@@ -6,7 +6,6 @@ that :func:`combine` gives the bits of the other backends.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from lowrank_ft.basis.philox import Stream
 
 _BLOCKS = 8  # blocks of 128 elements that one program holds
+_OPTIONS: dict[str, Any] = {"BLOCKS": _BLOCKS, "enable_fp_fusion": False}  # products and sums round apart
 
 
 def available() -> bool:
@@ -28,9 +28,8 @@ def combine(stream: Stream, coefficients: Tensor, count: int, scale: float) -> T
     programs = -(-count // (128 * _BLOCKS))
     key, tail = _signed(stream.key), _signed(stream.tail)
     _kernels().combine[(programs,)](
-        coefficients.contiguous(), out, *key, *tail, len(coefficients), count, BLOCKS=_BLOCKS,
-        **_exact(),
-    )  # fmt: skip
+        coefficients.contiguous(), out, *key, *tail, len(coefficients), count, **_OPTIONS
+    )
     return out.mul_(scale)  # here, since a scalar argument would be float32
 
 
@@ -38,9 +37,7 @@ def project(stream: Stream, gradient: Tensor, bases: int, scale: float) -> Tenso
     """See :func:`lowrank_ft.basis.project`."""
     out = gradient.new_empty(bases)
     key, tail = _signed(stream.key), _signed(stream.tail)
-    _kernels().project[(bases,)](
-        gradient.contiguous(), out, *key, *tail, len(gradient), BLOCKS=_BLOCKS, **_exact()
-    )
+    _kernels().project[(bases,)](gradient.contiguous(), out, *key, *tail, len(gradient), **_OPTIONS)
     return out.mul_(scale)
 
 
@@ -50,14 +47,8 @@ def _signed(words: tuple[int, int]) -> tuple[int, int]:
     return first, second
 
 
-def _exact() -> dict[str, Any]:
-    """Options under which a product and a sum round separately."""
-    return {"enable_fp_fusion": False}
-
-
-@functools.cache
 def _kernels() -> Any:
-    """The kernels, compiled when they are first needed: Triton is only there with a GPU."""
+    """The kernels, imported when they are first needed: Triton is only there with a GPU."""
     from lowrank_ft.basis import triton_kernels
 
     return triton_kernels

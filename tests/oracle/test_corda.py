@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import lowrank_ft
 from lowrank_ft import engine, linalg
 from lowrank_ft.algorithms.corda import CorDA, spread
-from lowrank_ft.algorithms.lora import LoRADelta
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import layer_of
 from tests.oracle.moments import randn, symmetric_root
+from tests.oracle.single import Single, delta_of, linear
 from tests.tiny import TINY, VOCAB, logits, perturb
 
 SHAPES = [(12, 12), (7, 12), (20, 12)]
@@ -26,31 +26,8 @@ SHAPES = [(12, 12), (7, 12), (20, 12)]
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
 
 
-class Two(nn.Module):
-    """A model of one layer, which can be wrapped."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def linear(out: int, into: int) -> Two:
-    model = Two(nn.Linear(into, out, dtype=torch.float64))
-    with torch.no_grad():
-        model.layer.weight.copy_(randn(out, into, seed=3))
-    return model.eval()
-
-
 def rows_for(into: int, tokens: int = 300) -> Tensor:
     return randn(tokens, into, seed=5) @ randn(into, into, seed=6)
-
-
-def delta_of(model: nn.Module, layer: str = "layer") -> LoRADelta:
-    host = engine.hosts(model)[layer]
-    return host.deltas["default"]
 
 
 # The definition ---------------------------------------------------------------------------------------------
@@ -153,7 +130,7 @@ def test_training_is_that_of_the_paper_s_form() -> None:
 def test_a_convolution_is_its_unfolded_matrix() -> None:
     options = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
     conv = nn.Conv2d(3, 6, (3, 2), dtype=torch.float64, **options)
-    model, x = Two(conv).eval(), randn(4, 3, 9, 8, seed=2)
+    model, x = Single(conv).eval(), randn(4, 3, 9, 8, seed=2)
     patches = nn.functional.unfold(x, (3, 2), **options).movedim(1, -1).reshape(-1, 18)
     W, C = layer_of(conv).matrix().detach().clone(), patches.T @ patches / len(patches)
     U, _, _ = torch.linalg.svd(W @ C, full_matrices=False)
@@ -174,7 +151,7 @@ def test_a_convolution_that_pads_by_itself_is_read_through_its_own_forward() -> 
     rows = layer_of(conv).rows(x)
     expected = nn.functional.unfold(nn.functional.pad(x, (0, 1, 2, 0)), 3).movedim(1, -1)
     assert torch.equal(rows.flatten(1, 2), expected)
-    model = lowrank_ft.wrap(Two(conv).eval(), "corda", targets="layer", rank=2, data=[{"x": x}])
+    model = lowrank_ft.wrap(Single(conv).eval(), "corda", targets="layer", rank=2, data=[{"x": x}])
     assert float(delta_of(model).A.detach().norm()) > 0
 
 
@@ -401,7 +378,7 @@ def test_what_cannot_be_is_refused_before_anything_is_gathered(monkeypatch: pyte
     for error, message, options in attempts:
         with pytest.raises(error, match=message):
             lowrank_ft.wrap(TINY["llama"].model(), "corda", data=data, **{"rank": 2, **options})
-    grouped = Two(nn.Conv2d(4, 4, 3, groups=2)).eval()
+    grouped = Single(nn.Conv2d(4, 4, 3, groups=2)).eval()
     with pytest.raises(TargetError, match="convolution with groups=2"):
         lowrank_ft.wrap(grouped, "corda", targets="layer", rank=1, data=[{"x": torch.randn(1, 4, 8, 8)}])
 

@@ -23,6 +23,7 @@ from lowrank_ft.basis.philox import Stream
 from lowrank_ft.checkpoint import files
 from lowrank_ft.errors import CheckpointError, ConfigError
 from tests.oracle.moments import randn
+from tests.oracle.single import delta_of, linear
 from tests.tiny import TINY, logits, perturb
 
 STREAM = Stream(seed=2026, name="model.layers.3.mlp.down_proj", factor="A")
@@ -169,28 +170,6 @@ def test_triton_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> N
 # The update -------------------------------------------------------------------------------------------------
 
 
-class One(nn.Module):
-    """A model of one layer, which can be wrapped."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def one(out: int = 7, into: int = 11) -> One:
-    model = One(nn.Linear(into, out, dtype=torch.float64))
-    with torch.no_grad():
-        model.layer.weight.copy_(randn(out, into, seed=3))
-    return model
-
-
-def delta_of(model: nn.Module, layer: str = "layer", name: str = "default") -> NOLADelta:
-    return engine.hosts(model)[layer].deltas[name]
-
-
 def direct(delta: NOLADelta) -> Tensor:
     """``ΔW`` by the paper's equation, differentiable, each basis matrix in memory."""
     node, layer = delta.node, delta.layer
@@ -206,7 +185,7 @@ def direct(delta: NOLADelta) -> Tensor:
 
 
 def test_the_update_and_its_gradient_are_those_of_the_equation() -> None:
-    model = perturb(lowrank_ft.wrap(one(), "nola", rank=3, bases=5, alpha=2.0, seed=1 << 50))
+    model = perturb(lowrank_ft.wrap(linear(), "nola", rank=3, bases=5, alpha=2.0, seed=1 << 50))
     delta = delta_of(model)
     torch.testing.assert_close(delta.weight(), direct(delta), rtol=1e-13, atol=1e-14)
     probe = randn(7, 11, seed=4)
@@ -229,7 +208,7 @@ def test_layers_of_one_shape_have_bases_of_their_own() -> None:
 
 
 def test_entries_have_the_papers_variance() -> None:
-    model = lowrank_ft.wrap(one(200, 300), "nola", rank=50, bases=64)
+    model = lowrank_ft.wrap(linear(200, 300), "nola", rank=50, bases=64)
     delta = delta_of(model)
     start = delta.as_lora().A.detach().clone()
     # 15000 entries: the variance of a variance estimate is about 2 / n of it, so 5 deviations are 6 %; signs
@@ -238,7 +217,7 @@ def test_entries_have_the_papers_variance() -> None:
     with torch.no_grad():
         delta.coefficients_A.copy_(torch.ones(64))
     assert (delta.as_lora().A - start).var().item() == pytest.approx(1 / 3, rel=0.06)
-    uniform = delta_of(lowrank_ft.wrap(one(200, 300), "nola", rank=50, bases=64, basis="uniform"))
+    uniform = delta_of(lowrank_ft.wrap(linear(200, 300), "nola", rank=50, bases=64, basis="uniform"))
     start = uniform.as_lora().A.detach().clone()
     assert start.var().item() == pytest.approx(1 / 900, rel=0.06)
     with torch.no_grad():
@@ -248,7 +227,7 @@ def test_entries_have_the_papers_variance() -> None:
 
 def test_starts_are_zero_and_have_a_gradient() -> None:
     for options in ({}, {"init": "coefficients"}):
-        model = lowrank_ft.wrap(one(), "nola", rank=3, bases=5, **options)
+        model = lowrank_ft.wrap(linear(), "nola", rank=3, bases=5, **options)
         delta = delta_of(model)
         assert not delta.weight().any()
         model(randn(4, 11)).square().sum().backward()
@@ -290,7 +269,7 @@ def test_micro_batches_share_one_materialisation_and_one_projection(monkeypatch:
 
     accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)
     try:
-        model = perturb(lowrank_ft.wrap(one().train(), "nola", rank=3, bases=5))
+        model = perturb(lowrank_ft.wrap(linear().train(), "nola", rank=3, bases=5))
         twin = copy.deepcopy(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -335,7 +314,7 @@ def test_gradients_thrown_away_are_not_remembered() -> None:
 
     state = GradientState()
     try:
-        model = perturb(lowrank_ft.wrap(one().train(), "nola", rank=3, bases=5))
+        model = perturb(lowrank_ft.wrap(linear().train(), "nola", rank=3, bases=5))
         parameters = [p for p in model.parameters() if p.requires_grad]
         first, second = micro_batches(2)
         state._set_sync_gradients(False)
@@ -357,7 +336,7 @@ def test_a_layer_used_twice_gets_both_gradients() -> None:
 
     state = GradientState()
     try:
-        model = perturb(lowrank_ft.wrap(one(11, 11).train(), "nola", rank=3, bases=5))
+        model = perturb(lowrank_ft.wrap(linear(11, 11).train(), "nola", rank=3, bases=5))
         parameters = [p for p in model.parameters() if p.requires_grad]
         layer = model.layer.base
         x, y = micro_batches(2)
@@ -394,7 +373,7 @@ def test_checkpointing_builds_nothing_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_step_behind_the_version_counters_back_is_seen() -> None:
     """As optimisers do that work on raw pointers."""
-    model = perturb(lowrank_ft.wrap(one(), "nola", rank=3, bases=5))
+    model = perturb(lowrank_ft.wrap(linear(), "nola", rank=3, bases=5))
     x = micro_batches(1)[0]
     loss_of(model, x).backward()
     for p in delta_of(model).parameters():
@@ -403,7 +382,7 @@ def test_a_step_behind_the_version_counters_back_is_seen() -> None:
 
 
 def test_evaluation_in_inference_mode_does_not_spoil_training() -> None:
-    model = perturb(lowrank_ft.wrap(one(), "nola", rank=3, bases=5))
+    model = perturb(lowrank_ft.wrap(linear(), "nola", rank=3, bases=5))
     x = micro_batches(1)[0]
     with torch.inference_mode():
         model(x)
@@ -496,7 +475,7 @@ def test_training_rounds_where_it_is_asked_to() -> None:
     x = micro_batches(1)[0]
     for train_rounded in (False, True):
         options = {"rank": 3, "bases": 5, "bits": 4, "train_rounded": train_rounded}
-        model = perturb(lowrank_ft.wrap(one(), "nola", **options), scale=1.0).train()
+        model = perturb(lowrank_ft.wrap(linear(), "nola", **options), scale=1.0).train()
         trained = model(x).detach()
         exact = copy.deepcopy(model)
         assert torch.equal(model.eval()(x), trained) is train_rounded
@@ -607,7 +586,7 @@ def test_bad_options_name_themselves() -> None:
         ({"bits": 5}, "bits"),
     ):
         with pytest.raises(ConfigError, match=message):
-            lowrank_ft.wrap(one(), "nola", rank=2, **options)
+            lowrank_ft.wrap(linear(), "nola", rank=2, **options)
 
 
 def test_no_library_is_loaded_where_nothing_is_drawn() -> None:
