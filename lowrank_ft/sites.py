@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 KEYWORDS: dict[str, tuple[str, ...]] = {
     "all-linear": ("linear", "transposed-linear"),
-    "all-conv": ("conv",),
+    "all-conv": ("conv", "transposed-conv"),
     "all-embedding": ("embedding",),
 }
 

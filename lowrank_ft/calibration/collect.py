@@ -18,7 +18,7 @@ from lowrank_ft.calibration.statistics import Moments, rows_of
 from lowrank_ft.calibration.store import Store
 from lowrank_ft.calibration.stream import Chain
 from lowrank_ft.errors import ConfigError, TargetError
-from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.modules.layer import ConvLayer, layer_of
 
 # Forward ----------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class _Listener:
 
     def _alike(self, one: str, other: str) -> bool:
         """Whether two layers with one input see the same rows: convolutions differ in their patches."""
-        return "conv" not in (self.layers[one].kind, self.layers[other].kind)
+        return not any(isinstance(self.layers[name], ConvLayer) for name in (one, other))
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.given = stream.given_to(args, kwargs)

@@ -21,7 +21,7 @@ from lowrank_ft.errors import CheckpointError, StateError
 from lowrank_ft.manifest import Node
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
-from lowrank_ft.modules.layer import Layer, layer_of
+from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -158,7 +158,7 @@ def _export_layer(path: str, host: Adapted, name: str, at_most: int | None) -> _
     tensors = _layout_out(layer, A, B)
     magnitude = delta.magnitude if isinstance(delta, LoRADelta) and delta.node.dora else None
     if magnitude is not None:
-        spatial = (1,) * (layer.weight.dim() - 2) if layer.kind == "conv" else ()
+        spatial = (1,) * layer.spatial if isinstance(layer, ConvLayer) else ()
         tensors["lora_magnitude_vector"] = magnitude.reshape(1, -1, *spatial) if spatial else magnitude
     return _Exported(
         rank, alpha, rslora, magnitude is not None, delta.dropout, layer.kind == "transposed-linear", tensors,
@@ -176,11 +176,11 @@ def _nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, tuple[flo
 
 def _check_conv(path: str, layer: Layer) -> None:
     """Refuse convolutions that PEFT's LoRA computes in another way, or not at all."""
-    if layer.kind != "conv":
+    if not isinstance(layer, ConvLayer):
         return
     conv = layer.module
-    assert isinstance(conv, nn.modules.conv._ConvNd)
     problems = {
+        "a transposed kernel": layer.kind == "transposed-conv",
         f"groups={conv.groups}": conv.groups != 1,
         f"dilation={conv.dilation}": any(d != 1 for d in conv.dilation),
         f"padding_mode={conv.padding_mode!r}": conv.padding_mode != "zeros",
@@ -196,9 +196,9 @@ def _check_conv(path: str, layer: Layer) -> None:
 def _layout_out(layer: Layer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     if layer.kind == "embedding":
         return {"lora_embedding_A": A, "lora_embedding_B": B}
-    if layer.kind == "conv":
+    if isinstance(layer, ConvLayer):
         A = layer.to_weight(A)
-        B = B.reshape(*B.shape, *(1,) * (layer.weight.dim() - 2))
+        B = B.reshape(*B.shape, *(1,) * layer.spatial)
     return {"lora_A.weight": A, "lora_B.weight": B}
 
 

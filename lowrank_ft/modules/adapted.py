@@ -76,6 +76,8 @@ class Adapted(Host):
             return cast(Tensor, self.base(x))
         out = self._fused(x, deltas)
         if out is None:
+            out = self._joined(x, deltas)
+        if out is None:
             out = self.base(x)
             for delta in deltas:
                 out = out + delta(x)
@@ -94,7 +96,7 @@ class Adapted(Host):
             if isinstance(self.base, LowRank) and not deltas[0].rescales:
                 forms = [form for delta in deltas if (form := delta.as_lora()) is not None]
                 if len(forms) == len(deltas):
-                    A, B, scale = _joined(forms)
+                    A, B, scale = _summed(forms)
                     return self.base.widened(B * scale, A)
             weight = self.layer.matrix()
             total = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -118,7 +120,7 @@ class Adapted(Host):
         dtype = _compute_dtype(x, weight)
         if dtype is None or any(form is None for form in forms):
             return None
-        A, B, scale = _joined(cast("list[LowRankForm]", forms))
+        A, B, scale = _summed(cast("list[LowRankForm]", forms))
         x = x.to(dtype)
         dropped = deltas[0].drop(x) if deltas[0].drops else None
         return low_rank_linear(
@@ -132,6 +134,20 @@ class Adapted(Host):
             dropped=dropped,
         )
 
+    def _joined(self, x: Tensor, deltas: tuple[Delta, ...]) -> Tensor | None:
+        """Run the layer once, with the updates added to its weight, where that is less work and as exact.
+
+        A half-precision weight would round small updates away.
+        """
+        layer, weight = self.layer, self.layer.weight
+        if weight.dtype in (torch.float16, torch.bfloat16) or not layer.is_bare:
+            return None
+        if any(delta.drops or not delta.joins_weight(x) for delta in deltas):
+            return None
+        for delta in deltas:
+            weight = weight + layer.to_weight(delta.weight()).to(weight.dtype)
+        return layer.run_with(x, weight)
+
     def _rescale(self, out: Tensor, gain: Tensor) -> Tensor:
         """Multiply the output without its bias by ``gain``, exactly the identity where ``gain`` is one."""
         gain = self.layer.per_channel(gain.to(out.dtype))
@@ -141,7 +157,7 @@ class Adapted(Host):
         return out + (out - bias) * (gain - 1)
 
 
-def _joined(forms: list[LowRankForm]) -> LowRankForm:
+def _summed(forms: list[LowRankForm]) -> LowRankForm:
     """Several updates as one of the summed rank."""
     if len(forms) == 1:
         return forms[0]

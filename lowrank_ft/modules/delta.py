@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ft.manifest import Node
-from lowrank_ft.modules.layer import Layer, layer_of
+from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 
 
 class LowRankForm(NamedTuple):
@@ -73,6 +73,16 @@ class Delta(nn.Module):
         if form is None:
             return self.layer.run_matrix(x, self.weight())
         return self.layer.run_factors(x, form.A, form.B * form.scale)
+
+    def joins_weight(self, x: Tensor) -> bool:
+        """Whether to add ``ΔW`` to the weight and run the layer once is less work than to run both.
+
+        The weight then needs a gradient of its own size, which pays where it is small: with groups.
+
+        Args:
+            x: the layer's input.
+        """
+        return isinstance(self.layer, ConvLayer) and self.layer.groups > 1
 
     def weight(self) -> Tensor:
         """Return ``ΔW``, ``out × in``."""

@@ -10,6 +10,7 @@ weight they also do to the update.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
@@ -56,15 +57,27 @@ class Layer(ABC):
         return min(self.out_features, self.in_features)
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """The axes of :meth:`tensor`: ``"out"`` and ``"in"``, and for a convolution its kernel's."""
+        return ("out", "in")
+
+    @property
     def is_stock(self) -> bool:
-        """Whether the module runs its class's own forward with nothing hooked in between.
+        """Whether the module runs torch's own forward with nothing hooked in between.
 
         Only then may a fused kernel read the weight and skip the module.
         """
+        return self._has_stock_forward and self.is_bare
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether calling the module runs its class's forward and nothing else.
+
+        Only then may that forward be called with another weight in place of the module.
+        """
         m = self.module
         return (
-            self._has_stock_forward
-            and "forward" not in m.__dict__  # accelerate's offloading replaces it on the instance
+            "forward" not in m.__dict__  # accelerate's offloading replaces it on the instance
             and not m._forward_hooks
             and not m._forward_pre_hooks
             and not m._backward_hooks
@@ -83,9 +96,21 @@ class Layer(ABC):
         """Turn an ``out × in`` matrix into the stored layout."""
         return matrix
 
+    def tensor(self) -> Tensor:
+        """The weight with an axis for each of :attr:`modes`: the matrix, or a convolution's stored weight."""
+        return self.matrix()
+
+    def tensor_to_matrix(self, tensor: Tensor) -> Tensor:
+        """Turn a tensor with the axes of :attr:`modes` into ``out × in``."""
+        return tensor
+
     @abstractmethod
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         """Run the layer's own forward, without bias, with ``weight`` (stored layout) in its place."""
+
+    def run_with(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Run the layer's own forward, bias and all, with ``weight`` (stored layout) in place of its own."""
+        return cast(Tensor, torch.func.functional_call(self.module, {"weight": weight}, (x,)))
 
     @abstractmethod
     def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -231,11 +256,32 @@ class ConvLayer(Layer):
     def __init__(self, module: nn.modules.conv._ConvNd) -> None:
         super().__init__(module)
         self.out_features = module.out_channels
-        self.in_features = module.weight[0].numel()
+        self.in_features = module.weight.numel() // module.out_channels
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that do not see each other."""
+        return self.module.groups
+
+    @property
+    def spatial(self) -> int:
+        """Dimensions of the kernel."""
+        return self.weight.dim() - 2
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The stored axes: ``out``, ``in`` (of one group), and the kernel's."""
+        return ("out", "in", *(f"kernel{i}" for i in range(self.spatial)))
 
     @property
     def _has_stock_forward(self) -> bool:
         return type(self.module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    def tensor(self) -> Tensor:
+        return self.weight
+
+    def tensor_to_matrix(self, tensor: Tensor) -> Tensor:
+        return self.to_matrix(tensor)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -249,28 +295,122 @@ class ConvLayer(Layer):
         Raises:
             TargetError: a convolution with groups, whose matrix multiplies other patches in each.
         """
-        if self.module.groups > 1:
+        if self.groups > 1:
             raise TargetError(
-                f"A convolution with groups={self.module.groups} has no one matrix of patches: exclude it."
+                f"A convolution with groups={self.groups} has no one matrix of patches: exclude it."
             )
         eye = torch.eye(self.in_features, dtype=x.dtype, device=x.device)
         return self.run(x, self.to_weight(eye)).movedim(1, -1)
 
     def per_channel(self, vector: Tensor) -> Tensor:
-        return vector.reshape(-1, *(1,) * (self.weight.dim() - 2))
+        return vector.reshape(-1, *(1,) * self.spatial)
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         if not self._has_stock_forward:
             return self._run_overridden(x, weight)
-        return cast(Tensor, cast(Any, self.module)._conv_forward(x, weight, None))
+        return self._convolve(x, weight, None)
+
+    def run_with(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self._has_stock_forward:
+            return super().run_with(x, weight)
+        return self._convolve(x, weight, self.bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, cast(Any, self.module)._conv_forward(x, weight, bias))
+
+    def positions(self, x: Tensor) -> tuple[int, int]:
+        """Return how many positions the input has and the output will have, batch included; but for borders.
+
+        Args:
+            x: the layer's input.
+        """
+        before = x.shape[-self.spatial :]
+        after = [-(-size // step) for size, step in zip(before, self.module.stride, strict=True)]
+        samples = x.shape[0] if x.dim() == self.spatial + 2 else 1
+        return samples * math.prod(before), samples * math.prod(after)
 
     def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        if self.module.groups > 1:
+        if self.groups > 1:
             return self.run_matrix(x, B @ A)
-        hidden = self.run(x, self._cast(self.to_weight(A), x))
-        spatial = self.weight.dim() - 2
-        pointwise = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-        return pointwise(hidden, self._cast(B, hidden).reshape(*B.shape, *(1,) * spatial))
+        return self._pointwise(self.run(x, self._cast(self.to_weight(A), x)), B)
+
+    def run_tucker(self, x: Tensor, outer: Tensor | None, core: Tensor, inner: Tensor | None) -> Tensor:
+        """Apply ``core ×_out outer ×_in inner`` without forming it: 1×1, a small convolution, 1×1.
+
+        With groups each of the three has as many, so every group carries the ranks' channels.
+
+        Args:
+            x: the layer's input.
+            outer: ``(out, r_out)``, of the ``out`` mode; None where the core has that mode whole.
+            core: with the axes of :attr:`modes`, ranks in place of channels.
+            inner: ``(in/groups, r_in)``, of the ``in`` mode, likewise.
+        """
+        if inner is not None:
+            x = self._pointwise(x, inner.T.repeat(self.groups, 1), self.groups)
+        if outer is not None:
+            core = core.repeat(self.groups, *(1,) * (core.dim() - 1))
+        x = self.run(x, self._cast(core, x))
+        return x if outer is None else self._pointwise(x, outer, self.groups)
+
+    def _pointwise(self, x: Tensor, matrix: Tensor, groups: int = 1) -> Tensor:
+        """Multiply the channels at every position by a matrix."""
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1]
+        weight = self._cast(matrix, x)
+        return convolve(x, weight.reshape(*weight.shape, *(1,) * self.spatial), groups=groups)
+
+
+class TransposedConvLayer(ConvLayer):
+    """``nn.ConvTranspose1d/2d/3d``, which store ``in × out/groups × k…``.
+
+    The matrix is what it is for a convolution, ``out × (in/groups · k…)``.
+    """
+
+    kind = "transposed-conv"
+    module: nn.modules.conv._ConvTransposeNd
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The stored axes: ``in``, ``out`` (of one group), and the kernel's."""
+        _, _, *kernel = super().modes
+        return ("in", "out", *kernel)
+
+    @property
+    def _has_stock_forward(self) -> bool:
+        stock = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
+        return type(self.module).forward in stock
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        inputs = weight.shape[0] // self.groups
+        by_group = weight.reshape(self.groups, inputs, weight.shape[1], -1).transpose(1, 2)
+        return by_group.reshape(self.groups * weight.shape[1], -1)
+
+    def to_weight(self, matrix: Tensor) -> Tensor:
+        inputs, outputs = self.weight.shape[0] // self.groups, matrix.shape[0] // self.groups
+        by_group = matrix.reshape(self.groups, outputs, inputs, -1).transpose(1, 2)
+        return by_group.reshape(self.weight.shape[0], outputs, *self.weight.shape[2:])
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        m: Any = self.module
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
+        options = (m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+        return cast(Tensor, convolve(x, weight, bias, *options))
+
+    def positions(self, x: Tensor) -> tuple[int, int]:
+        before = x.shape[-self.spatial :]
+        after = [size * step for size, step in zip(before, self.module.stride, strict=True)]
+        samples = x.shape[0] if x.dim() == self.spatial + 2 else 1
+        return samples * math.prod(before), samples * math.prod(after)
+
+    def run_tucker(self, x: Tensor, outer: Tensor | None, core: Tensor, inner: Tensor | None) -> Tensor:
+        if inner is not None:
+            by_group = inner.reshape(self.groups, -1, inner.shape[1]).transpose(1, 2)
+            x = self._pointwise(x, by_group.flatten(0, 1), self.groups)
+            core = core.repeat(self.groups, *(1,) * (core.dim() - 1))
+        x = self.run(x, self._cast(core, x))
+        return x if outer is None else self._pointwise(x, outer.repeat(self.groups, 1), self.groups)
+
+    def _outputs_of(self, weight: Tensor) -> int:
+        return weight.shape[1] * self.groups
 
 
 def layer_of(module: nn.Module, name: str = "") -> Layer:
@@ -283,7 +423,8 @@ def layer_of(module: nn.Module, name: str = "") -> Layer:
     if view is None:
         raise TargetError(
             f"{name or 'The module'} is a {type(module).__name__}, which cannot be adapted. Linear, Conv1D "
-            f"(GPT-2), Embedding and Conv1d/2d/3d layers can: exclude it, or name the layers inside it."
+            f"(GPT-2), Embedding, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers can: exclude it, or name the "
+            f"layers inside it."
         )
     view.name = name
     return view
@@ -301,6 +442,8 @@ def find_layer(module: nn.Module) -> Layer | None:
         return EmbeddingLayer(module)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvLayer(module)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return TransposedConvLayer(module)
     conv1d = _transformers_conv1d()
     if conv1d is not None and isinstance(module, conv1d):
         return TransposedLinearLayer(module)

@@ -239,7 +239,7 @@ class _Factored(Layer):
         return layer_of(self.factored.first).weight
 
     @property
-    def is_stock(self) -> bool:
+    def is_bare(self) -> bool:
         """False: no kernel may read the weight and skip the module."""
         return False
 

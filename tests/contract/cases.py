@@ -32,6 +32,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "dora": {"dora": True},
         "budget": {"budget": 3000},
     },
+    "flora": {
+        "paper": {"full_modes": "factor", "rank_kernel": 2, "scaling": "rslora", "alpha": 3.0},
+        "hosvd": {"init": "hosvd", "dropout": 0.3},
+        "scale": {"rank_out": 3, "scale": 2.0, "init": "gaussian"},
+    },
     "nola": {
         "uniform": {"basis": "uniform", "scaling": "rslora", "alpha": 3.0},
         "coefficients": {"init": "coefficients", "dropout": 0.3},
