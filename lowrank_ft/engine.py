@@ -28,8 +28,7 @@ from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.delta import digest_of
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import find_layer
-from lowrank_ft.modules.lowrank import LowRank
-from lowrank_ft.modules.replacement import Container, Replacement
+from lowrank_ft.modules.replacement import Container, Factored, Replacement
 from lowrank_ft.modules.resized import Resized
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -414,7 +413,7 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: a bias where the stock model has none.
     """
-    kinds = (LowRank, Resized, Container)
+    kinds = (Factored, Resized, Container)
     found = {name: module for name, module in replacements(model).items() if isinstance(module, kinds)}
     extra = [name for name, module in found.items() if getattr(module, "adds_bias", False)]
     if extra:

@@ -1,6 +1,6 @@
 """FLoRA on convolutions: what a Tucker update of a real network's convolutions buys, at equal numbers.
 
-EfficientNet-Lite0 with a new head learns Fashion-MNIST (96 × 96 pixels) from 2000 pictures in 4 epochs, and
+EfficientNet-Lite0 with a new head learns Fashion-MNIST (96 × 96 pixels) from 2000 pictures in 3 epochs, and
 is tested on 2000 others. Each adapter has at most as many numbers as a LoRA of rank 4 on the 33 convolutions
 without groups, the head's left out. PEFT's LoRA cannot act on the 16 depthwise ones, so that *33 layers* says
 what a method does without them. Batch norms keep their statistics in all runs. Each method's rate is the best
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import common
 import numpy as np
@@ -38,9 +38,9 @@ from transformers.utils import logging
 
 import lowrank_ft
 
-PIXELS, CLASSES, BATCH, EPOCHS = 96, 10, 32, 4
+PIXELS, CLASSES, BATCH, EPOCHS = 96, 10, 32, 3
 TRAIN, VALIDATION, TEST = 2000, 500, 2000
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 GATES = "*squeeze_excite*"  # they are the identity: EfficientNet-Lite has none
 Wrap = Callable[[nn.Module, int], nn.Module]
 
@@ -112,7 +112,7 @@ CONTESTANTS = {
     "LoHa (PEFT), 33 layers": Contestant(theirs(LoHaConfig, r=2, alpha=2)),
     "LoKr (PEFT), 33 layers": Contestant(theirs(LoKrConfig, r=16, alpha=16, decompose_factor=4)),
     "head": Contestant(head),
-    "full": Contestant(full, rates=(1e-4, 3e-4, 1e-3)),
+    "full": Contestant(full, rates=(3e-4, 1e-3)),
 }
 
 
@@ -178,8 +178,12 @@ def loaded(contestant: Contestant, seed: int, assets: Path) -> nn.Module:
     model = AutoModelForImageClassification.from_pretrained(
         path, num_labels=CLASSES, ignore_mismatched_sizes=True
     )
-    wrapped = contestant.wrap(model.to(memory_format=torch.channels_last), seed).eval()
-    return wrapped.to(memory_format=torch.channels_last)
+    return channels_last(contestant.wrap(channels_last(model), seed).eval())
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Lay the weights of convolutions out as a CPU reads them fastest."""
+    return cast(Any, model).to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
 def trained_numbers(model: nn.Module) -> int:

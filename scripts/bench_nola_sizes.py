@@ -60,7 +60,7 @@ class Contestant:
 
 
 def lora(rank: int) -> Contestant:
-    rates = {1: (1e-3, 3e-3, 1e-2, 3e-2), 4: (1e-2,)}.get(rank, (3e-3,))
+    rates = (1e-3, 3e-3, 1e-2, 3e-2) if rank == 1 else (3e-3, 1e-2)
 
     def wrap(model: nn.Module, seed: int) -> nn.Module:
         return lowrank_ft.wrap(model, "lora", rank=rank, seed=seed)
@@ -76,7 +76,8 @@ def nola(bases: int, trained_bits: int = 32) -> Contestant:
     def wrap(model: nn.Module, seed: int) -> nn.Module:
         return lowrank_ft.wrap(model, "nola", seed=seed, **options)
 
-    rates = (1e-2, 3e-2, 1e-1) if bases == 128 and trained_bits == 32 else (3e-2,)
+    known = {128: (1e-2, 3e-2, 1e-1), 727: (1e-2, 3e-2)}
+    rates = known.get(bases, (3e-2,)) if trained_bits == 32 else (3e-2,)
     name = f"NOLA k={bases}" + (f", {trained_bits} trained" if trained_bits < 32 else "")
     bits = (32, 8, 4) if trained_bits == 32 else (trained_bits,)
     return Contestant(name, rates, wrap, bits, options, frontier=bases in (64, 128) and trained_bits == 32)
@@ -105,9 +106,10 @@ CONTESTANTS = [
     lora(1), nola(128),
     lora(4), nola(64),
     theirs("VeRA r=256 (PEFT)", vera, (1e-2, 3e-2)), nola(32),
-    theirs("Uni-LoRA d=53760 (PEFT)", unilora, (3e-3, 1e-2)), nola(256),
-    theirs("TinyLoRA r=2, u=64 (PEFT)", tinylora, (3e-3, 1e-2)), nola(128, 4),
+    nola(256), theirs("Uni-LoRA d=53760 (PEFT)", unilora, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    theirs("TinyLoRA r=2, u=64 (PEFT)", tinylora, (1e-3, 3e-3, 1e-2, 3e-2)), nola(128, 4),
     lora(16), nola(16),
+    nola(8), nola(727),
 ]  # fmt: skip
 
 

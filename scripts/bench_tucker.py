@@ -13,10 +13,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import common
 import torch
+from bench_flora import channels_last
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -83,26 +86,26 @@ def main() -> None:
     print(f"The plan is within 5% of the fastest way in {agrees} of {len(conv)} convolutions.")
 
 
-def measure(name: str, rank: int, args: argparse.Namespace) -> dict[str, object]:
+def measure(name: str, rank: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return one layer's times by way, over those of the layer alone."""
     case = CASES[name]
     torch.manual_seed(0)
-    model = Single(case.build()).requires_grad_(False).to(memory_format=torch.channels_last)
+    model = channels_last(Single(case.build()).requires_grad_(False))
     x = torch.randn(case.shape)
     x = (x.to(memory_format=torch.channels_last) if x.dim() == 4 else x).requires_grad_()
-    alone = {"alone": lambda: step(model, x)}
-    with_update = Single(case.build()).to(memory_format=torch.channels_last)
+    with_update = channels_last(Single(case.build()))
     lowrank_ft.wrap(with_update, "flora", targets="layer", rank=rank)
-    delta = engine.hosts(with_update)["layer"].deltas["default"]  # type: ignore[attr-defined]
+    delta = engine.hosts(with_update)["layer"].deltas["default"]
     with torch.no_grad():
         delta.core.normal_(std=1e-3)
-    ways = {way: lambda work=work: step_by(work, with_update, x, delta) for way, work in WAYS.items()}
-    times: dict[str, list[float]] = {way: [] for way in (*alone, *ways)}
+    runs = {"alone": partial(step, model, x)}
+    runs.update({way: partial(step_by, work, with_update, x, delta) for way, work in WAYS.items()})
+    times: dict[str, list[float]] = {way: [] for way in runs}
     for _ in range(args.rounds + 2):
-        for way, run in {**alone, **ways}.items():
+        for way, run in runs.items():
             times[way].append(run())
     base = times["alone"][2:]
-    ratios = {w: statistics.median(t / b for t, b in zip(times[w][2:], base, strict=True)) for w in ways}
+    ratios = {w: statistics.median(t / b for t, b in zip(times[w][2:], base, strict=True)) for w in WAYS}
     return {"layer": name, "rank": rank, **ratios, "plan": plan(delta, x)}
 
 
@@ -110,7 +113,8 @@ def step(model: nn.Module, x: Tensor) -> float:
     """Return the seconds of a forward and a backward."""
     x.grad = None
     start = time.perf_counter()
-    model(x).sum().backward()
+    loss: Tensor = model(x).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
     return time.perf_counter() - start
 
 

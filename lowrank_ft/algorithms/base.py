@@ -65,8 +65,9 @@ class CompressorConfig(MethodConfig):
 
     ratio: float = 0.2
     """Share of the parameters to remove, between 0 and 1."""
-    ratio_of: Literal["blocks", "total"] = "blocks"
-    """What the ratio is a share of: all parameters but embeddings and head, or all of them."""
+    ratio_of: Literal["blocks", "total", "targets"] = "blocks"
+    """What the ratio is a share of: all parameters but embeddings and head, all of them, or those of the
+    targeted layers."""
     align: int = 8
     """Ranks are multiples of this; large GPUs like 128, narrow models 8."""
     min_saving: float = 0.0
@@ -93,7 +94,7 @@ class CompressorConfig(MethodConfig):
         Raises:
             ConfigError: they have fewer than are to be removed.
         """
-        whole = counts.total if self.ratio_of == "total" else counts.blocks
+        whole = {"total": counts.total, "blocks": counts.blocks, "targets": targeted}[self.ratio_of]
         left = targeted - round(self.ratio * whole)
         if left <= 0:
             raise ConfigError(

@@ -332,7 +332,7 @@ class _Collector:
                     continue
                 if self.fisher and layer.kind != "embedding":
                     self._square(name, x, gradient)
-                rows = rows_of(layer, gradient, self.mask)
+                rows = rows_of(layer, layer.output_rows(gradient), self.mask)
                 if name in self.parts:  # queries and keys apart: of a tall layer G is not kept
                     for moments, part in zip(
                         self.heads[name], torch.split(rows, list(self.parts[name]), -1), strict=False

@@ -15,7 +15,7 @@ from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.fused import low_rank_linear
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import layer_of
-from lowrank_ft.modules.lowrank import LowRank
+from lowrank_ft.modules.replacement import Factored
 from lowrank_ft.registry import register_node
 
 
@@ -93,7 +93,7 @@ class Adapted(Host):
         if not deltas:
             return self.base
         with torch.no_grad():
-            if isinstance(self.base, LowRank) and not deltas[0].rescales:
+            if isinstance(self.base, Factored) and not deltas[0].rescales:
                 forms = [form for delta in deltas if (form := delta.as_lora()) is not None]
                 if len(forms) == len(deltas):
                     A, B, scale = _summed(forms)

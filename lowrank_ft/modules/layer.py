@@ -70,6 +70,11 @@ class Layer(ABC):
         return self._has_stock_forward and self.is_bare
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the module's class has torch's own forward."""
+        return self._has_stock_forward
+
+    @property
     def is_bare(self) -> bool:
         """Whether calling the module runs its class's forward and nothing else.
 
@@ -123,6 +128,10 @@ class Layer(ABC):
     def rows(self, x: Tensor) -> Tensor:
         """Turn an input into what the matrix multiplies: ``(…, in_features)``; token ids stay as they are."""
         return x
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Turn an output, or its gradient, into ``(…, out_features)``."""
+        return y
 
     def per_channel(self, vector: Tensor) -> Tensor:
         """Shape one value for each output feature so that it broadcasts over the layer's output."""
@@ -300,7 +309,10 @@ class ConvLayer(Layer):
                 f"A convolution with groups={self.groups} has no one matrix of patches: exclude it."
             )
         eye = torch.eye(self.in_features, dtype=x.dtype, device=x.device)
-        return self.run(x, self.to_weight(eye)).movedim(1, -1)
+        return self.output_rows(self.run(x, self.to_weight(eye)))
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        return y.movedim(-self.spatial - 1, -1)
 
     def per_channel(self, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * self.spatial)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank_ft.errors import TargetError
 from lowrank_ft.manifest import DenseNode, Node, node_of
 from lowrank_ft.modules.layer import EmbeddingLayer, Layer, LinearLayer, layer_of, stock_linear
-from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.modules.replacement import Factored
 from lowrank_ft.modules.resized import Resized, ResizedNode
 from lowrank_ft.registry import register_node
 
@@ -87,7 +87,7 @@ def _empty_linear(in_features: int, out_features: int, bias: bool, place: dict[s
     return shell.to_empty(device=place["device"])
 
 
-class LowRank(Replacement):
+class LowRank(Factored):
     """Two factors where one layer stood.
 
     Attributes:

@@ -38,6 +38,18 @@ class Replacement(nn.Module):
         return None
 
 
+class Factored(Replacement):
+    """A replacement whose weight is a product of factors."""
+
+    @abstractmethod
+    def dense(self, matrix: Tensor | None = None) -> nn.Module:
+        """Return one stock layer in place of the factors, with their product or ``matrix`` for a weight."""
+
+    @abstractmethod
+    def widened(self, B: Tensor, A: Tensor) -> nn.Module:
+        """Return a layer like this one with ``B A`` added to its matrix, by a larger rank."""
+
+
 class Container(Replacement):
     """A replacement that stands around modules which keep their names, and are replaced one by one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "uncentered": {"centered": False},
         "sequential": {"calibration": {"sequential": True, "hidden_states": "disk"}},
     },
+    "tucker": {
+        "output": {"objective": "output"},
+        "weight": {"objective": "weight"},
+        "sequential": {"calibration": {"sequential": True}},
+    },
     "modegpt": {
         "paper": {"recipe": "paper"},
         "pivoted": {"recipe": "paper", "selection": "pivoted", "epsilon": float("inf")},
@@ -79,7 +85,7 @@ class Case:
 
     def targets(self) -> Any:
         if self.compresses:
-            return "all-conv" if self.model == "resnet" else "all-linear"
+            return "all-conv" if self.method == "tucker" else "all-linear"
         if self.options.get("dropout"):  # token ids cannot be dropped
             return "all-conv" if self.model == "resnet" else "all-linear"
         return self.tiny.targets
@@ -93,7 +99,7 @@ class Case:
 
     def exclude(self) -> tuple[str, ...]:
         """What cannot be a target: outputs of a grouped convolution see different inputs."""
-        return ("dwconv",) if self.method == "corda" and self.model == "convnext" else ()
+        return ("dwconv",) if self.method in ("corda", "tucker") and self.model == "convnext" else ()
 
     @property
     def looks(self) -> bool:
@@ -128,12 +134,19 @@ def _options(method: str) -> dict[str, Any]:
 
 def cases_of(method: str) -> list[Case]:
     small = _options(method)
-    rows = [Case(method, model, options=small) for model in TINY]
+    rows = [Case(method, model, options=small) for model in models_for(method, TINY)]
     for variant, options in VARIANTS.get(method, {}).items():
-        rows += [Case(method, model, variant, {**small, **options}) for model in VARIANT_MODELS]
+        chosen = models_for(method, VARIANT_MODELS)
+        rows += [Case(method, model, variant, {**small, **options}) for model in chosen]
     return rows
 
 
+def models_for(method: str, models: Iterable[str]) -> list[str]:
+    """Compressors decompose linear layers, or convolutions: those that have enough of them."""
+    if methods[method].family is not Family.COMPRESSOR:
+        return list(models)
+    return [name for name in models if (name == "resnet") is (method == "tucker")]
+
+
 CASES = [case for method in methods for case in cases_of(method)]
-# ResNet is made of convolutions, which linear factors cannot replace: a test of its own.
-COMPRESSING = [case for case in CASES if case.compresses and case.model != "resnet"]
+COMPRESSING = [case for case in CASES if case.compresses]

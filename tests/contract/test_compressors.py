@@ -30,7 +30,8 @@ def test_removes_what_was_asked(case: Case) -> None:
     before, after = count(plain), count(model)
     # Ranks are whole numbers: what remains of the budget is too small for a step of any layer. A channel of
     # a gated MLP is a row of two layers and a column of a third.
-    step = max(sum(layer.weight.shape) for layer in plain.modules() if isinstance(layer, nn.Linear))
+    layers = [m for m in plain.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    step = max(layer.weight.shape[0] + layer.weight[0].numel() for layer in layers)
     step *= 2 if case.method == "modegpt" else 1
     budget = before.blocks - round(0.3 * before.blocks)
     assert budget - step <= after.blocks <= budget
@@ -87,7 +88,7 @@ def test_exports_as_a_stock_model(case: Case, tmp_path: Path) -> None:
 def test_lora_stacks_on_it(case: Case, tmp_path: Path) -> None:
     model, batch = case.wrapped(torch.float64), case.tiny.inputs(torch.float64)
     compressed, before = state(model), logits(model, batch)
-    lowrank_ft.wrap(model, "lora", rank=2)
+    lowrank_ft.wrap(model, "lora", rank=2, targets=case.targets())
     assert torch.equal(logits(model, batch), before)
     perturb(model)
     adapted = logits(model, batch)
@@ -209,7 +210,7 @@ def test_bad_input_changes_nothing(case: Case) -> None:
         with pytest.raises(error, match=message):
             lowrank_ft.wrap(model, case.method, **options)
         assert_same_state(model, before)
-    adapted = lowrank_ft.wrap(case.tiny.model(), "lora", rank=2)
+    adapted = lowrank_ft.wrap(case.tiny.model(), "lora", rank=2, targets=case.targets())
     with pytest.raises(StateError, match=r"carries the adapters \['default'\].*merge"):
         case.wrap(adapted)
     case.wrap(model)
@@ -218,10 +219,11 @@ def test_bad_input_changes_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("method", sorted({case.method for case in COMPRESSING}))
-def test_convolutions_are_refused_by_name(method: str) -> None:
-    case = Case(method, "resnet", options={"ratio": 0.3})
-    model = TINY["resnet"].model()
+def test_layers_of_the_wrong_kind_are_refused_by_name(method: str) -> None:
+    name, targets = ("vit", "all-linear") if method == "tucker" else ("resnet", "all-conv")
+    case, model = Case(method, name), TINY[name].model()
     before = state(model)
-    with pytest.raises(TargetError, match="convolution is a Conv2d|no layout for the model type 'resnet'"):
-        case.wrap(model)
+    message = "q_proj is a Linear|convolution is a Conv2d|no layout for the model type 'resnet'"
+    with pytest.raises(TargetError, match=message):
+        lowrank_ft.wrap(model, method, targets=targets, ratio=0.3, data=case.data())
     assert_same_state(model, before)
