@@ -76,6 +76,17 @@ def test_peft_loads_nola_as_a_lora(name: str, bits: int, tmp_path: Path) -> None
     assert theirs.peft_config["default"].r == 2
 
 
+@pytest.mark.parametrize("ranks", [{"rank": 2}, {"rank_out": 3, "rank_in": 2}, {"rank": 99}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "resnet"])
+def test_peft_loads_a_tucker_update_as_a_lora(name: str, ranks: dict[str, int], tmp_path: Path) -> None:
+    """Of the output channels' rank on convolutions, of the smaller rank on linear layers."""
+    case = Case("flora", name, options={**ranks, "alpha": 5.0})
+    model, batch = perturb(case.wrapped()), case.tiny.inputs()
+    lowrank_ft.export(model, tmp_path / "peft", "peft")
+    theirs = PeftModel.from_pretrained(case.tiny.model(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs, batch), logits(model, batch), rtol=0, atol=5e-5)
+
+
 def test_an_update_of_twice_the_rank_can_be_cut_and_says_what_that_loses(tmp_path: Path) -> None:
     case = Case("corda", "llama", options={"rank": 2, "alpha": 5.0})
     model, batch = perturb(case.wrap(case.tiny.model(torch.float64))), case.tiny.inputs()
