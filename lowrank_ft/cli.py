@@ -163,7 +163,7 @@ class Command:
 
 
 COMMANDS = {
-    "finetune": Command("train an adapter on text, chats or labelled examples", _finetune),
+    "finetune": Command("train an adapter on text, chats, labelled examples or images", _finetune),
     "compress": Command("compress a model, stage by stage, and recover it", _compress),
     "evaluate": Command("measure perplexity, or lm-eval tasks", _evaluate),
     "merge": Command("fold an adapter into its base model", _merge),

@@ -14,12 +14,14 @@ from lowrank_ft.errors import ConfigError, did_you_mean
 
 IGNORED = -100  # labels that no loss counts
 
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]  # makes a batch of examples
+
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text to train on and to evaluate on."""
+    """What to train on and to evaluate on."""
 
     train: str
     """A file (.jsonl, .json, .csv, .parquet, .txt), a directory that `datasets` wrote, or a hub name."""
@@ -39,6 +41,10 @@ class DataConfig:
     """Column of plain text (and of the text to classify)."""
     label_column: str = "label"
     """Column of class labels, for classification."""
+    image_column: str = "image"
+    """Column of the images to classify: the pictures themselves, or paths of their files."""
+    image_size: int | None = None
+    """Pixels of a side, to which images are resized; what the model's image processor says by default."""
     max_length: int = 512
     """Tokens of a sequence; longer ones are cut, or with packing laid end to end and cut into blocks."""
     packing: bool = True
@@ -210,34 +216,54 @@ def encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> dict[s
 
 def tokenize_for_classification(dataset: Any, config: DataConfig, tokenizer: Any, classes: list[Any]) -> Any:
     """Return a dataset of ``input_ids`` and integer ``labels``, indices into ``classes``."""
-    index = {label: i for i, label in enumerate(classes)}
+    index = index_among(classes)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
         ids = tokenizer(row[config.text_column], truncation=True, max_length=config.max_length)["input_ids"]
-        label = row[config.label_column]
-        if label not in index:
-            raise ConfigError(f"The held-out data has the label {label!r}, which the training data lacks.")
-        return {"input_ids": ids, "labels": index[label]}
+        return {"input_ids": ids, "labels": index(row[config.label_column])}
 
     return dataset.map(encode, remove_columns=dataset.column_names, desc="Tokenising")
 
 
-def classes_of(dataset: Any, config: DataConfig) -> list[Any]:
+def index_among(classes: Sequence[Any]) -> Callable[[Any], int]:
+    """Return what says where a label stands among the classes; for any other it raises ``ConfigError``."""
+    indices = {label: i for i, label in enumerate(classes)}
+
+    def index(label: Any) -> int:
+        if label not in indices:
+            raise ConfigError(f"The held-out data has the label {label!r}, which the training data lacks.")
+        return indices[label]
+
+    return index
+
+
+def classes_of(dataset: Any, content_column: str, label_column: str) -> list[Any]:
     """Return the distinct labels of a dataset, sorted.
 
+    Args:
+        dataset: the training data.
+        content_column: what is to be classified.
+        label_column: its labels.
+
     Raises:
-        ConfigError: a text or label column that is not there; fewer than two classes.
+        ConfigError: a column that is not there; fewer than two classes.
     """
-    for column in (config.text_column, config.label_column):
+    for column in (content_column, label_column):
         if column not in dataset.column_names:
             raise ConfigError(
                 f"The data has no column {column!r}.{did_you_mean(column, dataset.column_names)} It has: "
                 f"{dataset.column_names}."
             )
-    classes = sorted(set(dataset[config.label_column]))
+    classes = sorted(set(dataset[label_column]))
     if len(classes) < 2:
         raise ConfigError(f"The data has one class only: {classes}.")
     return classes
+
+
+def names_of(dataset: Any, label_column: str, classes: Sequence[Any]) -> list[str]:
+    """Return the classes' names: those that the dataset has for its numbers, where it has any."""
+    named = getattr(dataset.features[label_column], "int2str", str)
+    return [named(label) for label in classes]
 
 
 # Batches ----------------------------------------------------------------------------------------------------
@@ -264,8 +290,8 @@ class Collator:
         return {"input_ids": padded("input_ids", self.pad_token_id), "attention_mask": mask, "labels": labels}
 
 
-def batches(dataset: Any, collator: Collator, size: int) -> Iterator[dict[str, Tensor]]:
+def batches(dataset: Any, collate: Collate, size: int) -> Iterator[dict[str, Tensor]]:
     """Yield a dataset's batches, in order."""
     for start in range(0, len(dataset), size):
         rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-        yield collator(rows)
+        yield collate(rows)

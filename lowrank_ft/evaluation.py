@@ -26,11 +26,14 @@ class Loss:
         loss: nats per token (per example, for classification).
         count: tokens (examples) it is the mean of.
         accuracy: share of examples classified right; None for language modelling.
+        confusion: how many examples of a class (row) were taken for which (column); None for language
+            modelling.
     """
 
     loss: float
     count: int
     accuracy: float | None = None
+    confusion: list[list[int]] | None = None
 
     @property
     def perplexity(self) -> float:
@@ -60,10 +63,20 @@ class Perplexity:
     tokens_per_second: float
 
 
-def mean_loss(model: nn.Module, dataset: Any, collator: data.Collator, batch_size: int, what: str) -> Loss:
+def mean_loss(
+    model: nn.Module, dataset: Any, collate: data.Collate, batch_size: int, what: str, classes: int = 0
+) -> Loss:
     """Return the exact mean loss of a dataset: every label counts the same, whatever the batches.
 
     Under distributed training each process takes a share and all get the same result.
+
+    Args:
+        model: a language model or a classifier.
+        dataset: what ``collate`` makes batches of.
+        collate: makes keyword arguments of the model, ``labels`` among them.
+        batch_size: examples at a time.
+        what: named in errors and on the progress bar.
+        classes: of a classifier; 0 for language modelling.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
@@ -73,25 +86,32 @@ def mean_loss(model: nn.Module, dataset: Any, collator: data.Collator, batch_siz
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, count, right
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, count
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
     progress = tqdm(total=math.ceil(len(shard) / batch_size), desc=what, disable=rank > 0, leave=False)
     with torch.no_grad():
-        for batch in data.batches(shard, collator, batch_size):
-            batch = {key: value.to(device) for key, value in batch.items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            sums += _sums(logits.float(), batch["labels"])
+        for batch in data.batches(shard, collate, batch_size):
+            inputs = {key: value.to(device) for key, value in batch.items()}
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits.float()
+            sums += _sums(logits, labels)
+            if classes:
+                pairs = (labels * classes + logits.argmax(-1)).cpu()
+                confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
             progress.update()
     progress.close()
     model.train(was_training)
     if world > 1:
         torch.distributed.all_reduce(sums)
-    loss, count, right = sums.tolist()
+        torch.distributed.all_reduce(confusion)
+    loss, count = sums.tolist()
     if count == 0:
         raise ConfigError("The evaluation data has no labels to score.")
     if not math.isfinite(loss):
         raise NonFiniteError(f"The loss in '{what}' is {loss / count}: the model or the data is broken.")
-    accuracy = right / count if logits.dim() == 2 else None
-    return Loss(loss / count, int(count), accuracy)
+    if not classes:
+        return Loss(loss / count, int(count))
+    return Loss(loss / count, int(count), int(confusion.trace()) / count, confusion.tolist())
 
 
 def spread_windows(ids: Tensor, length: int, count: int) -> Tensor:
@@ -143,7 +163,7 @@ def window_loss(model: nn.Module, windows: Tensor, what: str, batch_size: int = 
     with torch.no_grad():
         for batch in tqdm(torch.split(windows, batch_size), desc=f"Loss on {what}", leave=False):
             ids = batch.to(device)
-            loss, _, _ = _sums(model(input_ids=ids).logits.float(), ids).tolist()
+            loss, _ = _sums(model(input_ids=ids).logits.float(), ids).tolist()
             total += loss
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))
     if not math.isfinite(mean):
@@ -152,13 +172,11 @@ def window_loss(model: nn.Module, windows: Tensor, what: str, batch_size: int = 
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of losses, number of labels, and number of right answers."""
+    """Sum of losses, and number of labels."""
     if logits.dim() == 3:  # each position predicts the next token
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     loss = nn.functional.cross_entropy(logits, labels, ignore_index=data.IGNORED, reduction="sum")
-    counted = labels != data.IGNORED
-    right = ((logits.argmax(-1) == labels) & counted).sum()
-    return torch.stack([loss.double().cpu(), counted.sum().double().cpu(), right.double().cpu()])
+    return torch.stack([loss.double().cpu(), (labels != data.IGNORED).sum().double().cpu()])
 
 
 def perplexity(

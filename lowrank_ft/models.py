@@ -1,15 +1,15 @@
-"""Loading models and tokenizers for the recipes."""
+"""Loading models, tokenizers and image processors for the recipes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowrank_ft import checkpoint
+from lowrank_ft import checkpoint, layouts
 from lowrank_ft.errors import CheckpointError, ConfigError, did_you_mean
 
 _DTYPES = {
@@ -64,15 +64,56 @@ def load_causal_lm(path: str, dtype: str, device: str, adapter: str | None = Non
     return model.to(device_of(device)), tokenizer
 
 
-def load_classifier(path: str, dtype: str, classes: list[Any], pad_token_id: int) -> nn.Module:
-    """Return a sequence classifier with one output a class, its head new where the model has none."""
+def load_classifier(path: str, dtype: str, classes: Sequence[str], pad_token_id: int) -> nn.Module:
+    """Return a sequence classifier with one output a class, its head new where the model has no such one.
+
+    Raises:
+        ConfigError: a local path that is not there; a model whose other weights do not fit either.
+    """
     from transformers import AutoModelForSequenceClassification
 
     check_path(path)
-    labels = label_options({i: str(label) for i, label in enumerate(classes)})
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype_of(dtype), **labels)
+    model: Any = _with_head(AutoModelForSequenceClassification, path, dtype, dict(enumerate(classes)))
     model.config.pad_token_id = pad_token_id
     return model  # type: ignore[no-any-return]
+
+
+def load_image_classifier(path: str, dtype: str, classes: Sequence[str]) -> nn.Module:
+    """Return an image classifier with one output a class, its head new where the model has no such one.
+
+    Raises:
+        ConfigError: a local path that is not there; a model that is none for images, does not take three
+            channels, or whose other weights do not fit either.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    check_path(path)
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in AutoModelForImageClassification._model_mapping:
+        raise ConfigError(
+            f"{path} is a {config.model_type!r} model, which transformers has no image classifier for."
+        )
+    channels = getattr(config, "num_channels", 3)
+    if channels != 3:
+        raise ConfigError(f"{path} takes images of {channels} channels, and only 3 are supported.")
+    model: nn.Module = _with_head(AutoModelForImageClassification, path, dtype, dict(enumerate(classes)))
+    return model
+
+
+def _with_head(cls: Any, path: str, dtype: str, names: Mapping[Any, str]) -> Any:
+    """Load a classifier whose head may be of another size than the one that was saved, and nothing else."""
+    model, found = cls.from_pretrained(
+        path,
+        dtype=dtype_of(dtype),
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **label_options(names),
+    )
+    heads = tuple(f"{name}." for name in layouts.head_names(model))
+    wrong = sorted(str(key) for key, *_ in found["mismatched_keys"] if not key.startswith(heads))
+    if wrong:
+        raise ConfigError(f"{path} does not fit its own config: {wrong[0]} and {len(wrong) - 1} more differ.")
+    return model
 
 
 def label_options(labels: Mapping[Any, str]) -> dict[str, Any]:
@@ -107,7 +148,10 @@ def _class_named(name: str) -> Any:
 
 
 def load_any(path: str, adapter: str | None, dtype: str) -> tuple[nn.Module, Any]:
-    """Return the base model that an adapter was made for, with the adapter on it, and a tokenizer if any.
+    """Return the base model that an adapter was made for, with the adapter on it, and its processor.
+
+    That is the tokenizer or image processor, or None. An image processor that was saved beside the adapter
+    goes before the model's: it has the size that was trained on.
 
     Without an adapter, the model in ``path`` as it was saved, compressed or not.
 
@@ -121,10 +165,23 @@ def load_any(path: str, adapter: str | None, dtype: str) -> tuple[nn.Module, Any
     else:
         base = checkpoint.base_of(Path(adapter))
         cls = _class_named(base.get("class", "AutoModelForCausalLM"))
-        labels = label_options(base["labels"]) if base.get("labels") else {}
-        model = cls.from_pretrained(path, dtype=dtype_of(dtype), **labels)
+        if base.get("labels"):
+            model = _with_head(cls, path, dtype, base["labels"])
+        else:
+            model = cls.from_pretrained(path, dtype=dtype_of(dtype))
         checkpoint.load(model, adapter)
-    try:
-        return model, load_tokenizer(path)
-    except (OSError, ValueError):
-        return model, None  # vision models have none
+    return model, _processor((adapter, path) if adapter else (path,), model)
+
+
+def _processor(directories: Sequence[str], model: nn.Module) -> Any:
+    """The tokenizer or image processor of the first directory that has one, or None."""
+    from transformers import AutoImageProcessor
+
+    is_visual = getattr(model, "main_input_name", "") == "pixel_values"
+    load = AutoImageProcessor.from_pretrained if is_visual else load_tokenizer
+    for directory in directories if is_visual else directories[-1:]:
+        try:
+            return load(directory)
+        except (ImportError, OSError, ValueError):
+            continue
+    return None

@@ -201,14 +201,9 @@ def plot_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
     Without matplotlib (the ``plot`` extra) it says so and draws nothing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        print("No learning curve: matplotlib is not installed (pip install 'lowrank_ft[plot]').")
+    pyplot = _pyplot("learning curve")
+    if pyplot is None:
         return
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     for key, label in (("loss", "training"), ("eval_loss", "held-out")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
@@ -220,6 +215,44 @@ def plot_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """Draw how many examples of a class (row) were taken for which (column), coloured by share of the row.
+
+    Without matplotlib (the ``plot`` extra) it says so and draws nothing.
+    """
+    pyplot = _pyplot("confusion matrix")
+    if pyplot is None:
+        return
+    table = torch.tensor(counts)
+    shares = table / table.sum(1, keepdim=True).clamp(min=1)
+    side = 2.5 + 0.45 * min(len(classes), 40)
+    figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
+    if len(classes) <= 40:  # more cannot be read
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for i, j in table.nonzero().tolist():
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{counts[i][j]}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _pyplot(what: str) -> Any:
+    """Import matplotlib's pyplot, which draws to files; or None, and a line that says what is not drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"No {what}: matplotlib is not installed (pip install 'lowrank_ft[plot]').")
+        return None
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def peak_memory_bytes() -> int:
@@ -264,14 +297,9 @@ def compression_page(result: Mapping[str, Any], output: Path) -> None:
 
 def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
     """Ranks, errors and spectra of compressed layers, each as a title and a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("No plots: matplotlib is not installed (pip install 'lowrank_ft[plot]').")
+    pyplot = _pyplot("plots")
+    if pyplot is None:
         return []
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot
-
     roles = list(dict.fromkeys(row["role"] for row in layers))
     plots = []
     drawings = (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, reporting
+from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, reporting, tasks
 from lowrank_ft.algorithms.base import AdapterConfig, MethodConfig
 from lowrank_ft.algorithms.lora import LoRA
 from lowrank_ft.checkpoint import verify
@@ -98,11 +98,11 @@ class TrainConfig:
     max_steps: int = -1
     """Optimiser steps; -1 means `num_train_epochs`."""
     per_device_train_batch_size: int = 4
-    """Sequences of a step on each device."""
+    """Sequences or images of a step on each device."""
     gradient_accumulation_steps: int = 1
     """Batches added up before an optimiser step."""
     per_device_eval_batch_size: int = 4
-    """Sequences of an evaluation batch."""
+    """Sequences or images of an evaluation batch."""
     lr_scheduler_type: str = "cosine"
     """How the learning rate falls."""
     warmup_steps: float = 0.03
@@ -146,10 +146,10 @@ class FinetuneConfig:
     model: ModelConfig
     """The base model."""
     data: DataConfig
-    """The text."""
+    """The text or the images."""
     output: str
     """Directory for the adapter, the report and the checkpoints."""
-    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    task: Literal["causal-lm", "sequence-classification", "image-classification"] = "causal-lm"
     """What is learnt."""
     method: MethodConfig = field(default_factory=LoRA)
     """The adapter and its options."""
@@ -186,7 +186,9 @@ class FinetuneResult:
         after: held-out loss with the trained adapter.
         kept: by name of a text in ``keep``, its loss in nats per token before and after.
         steps: optimiser steps.
-        tokens_per_second: training tokens over training time (evaluation and checkpoints left out).
+        tokens_per_second: training tokens over training time (evaluation and checkpoints left out); None for
+            images.
+        images_per_second: the same of images; None for text.
         train_seconds: that time.
         peak_memory_bytes: of the process (CPU) or the device (GPU), model included.
         trainable_parameters: numbers that were trained.
@@ -195,13 +197,16 @@ class FinetuneResult:
         reload_difference: largest difference between the model's logits and those of the saved adapter in a
             fresh process; None where that was not asked for.
         curve: what Trainer logged.
+        classes: names of the classes, in the order of ``before.confusion`` and ``after.confusion``; empty for
+            language modelling.
     """
 
     before: evaluation.Loss
     after: evaluation.Loss
     kept: dict[str, tuple[float, float]]
     steps: int
-    tokens_per_second: float
+    tokens_per_second: float | None
+    images_per_second: float | None
     train_seconds: float
     peak_memory_bytes: int
     trainable_parameters: int
@@ -209,6 +214,7 @@ class FinetuneResult:
     adapter_bytes: int
     reload_difference: float | None
     curve: list[dict[str, float]]
+    classes: list[str]
 
 
 # The recipe -------------------------------------------------------------------------------------------------
@@ -218,8 +224,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Run the fine-tuning recipe: load, wrap, measure, train, measure, save, report.
 
     Writes to ``config.output``: ``adapter/`` (for :func:`lowrank_ft.load`), ``report.json``,
-    ``learning_curve.png``, ``config.yaml`` and Trainer's checkpoints. Under a launcher with several
-    processes the first one writes and prints.
+    ``learning_curve.png``, for a classifier ``confusion.png``, and Trainer's checkpoints. Under a launcher
+    with several processes the first one writes and prints.
 
     Raises:
         ConfigError: bad options, before anything is loaded where that can be known.
@@ -230,21 +236,23 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     arguments = training_arguments(config)
     set_seed(config.seed)
     with arguments.main_process_first(desc="preparing the data"):  # the others find it in the cache
-        model, tokenizer, train_set, eval_set, keep = _prepare(config)
-    collator = data.Collator(tokenizer.pad_token_id)
+        found, keep = _prepare(config)
+    model = found.model
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=collator,
-        processing_class=tokenizer,
+        train_dataset=found.train,
+        eval_dataset=found.held_out,
+        data_collator=found.collate,
+        processing_class=found.processor,
         callbacks=[clock := _Clock(), AdapterCheckpoint(), StopOnNonFinite()],
     )
 
     def measure(when: str) -> tuple[evaluation.Loss, dict[str, float]]:
-        size = config.train.per_device_eval_batch_size
-        loss = evaluation.mean_loss(model, eval_set, collator, size, f"Held-out loss {when}")
+        size, what = config.train.per_device_eval_batch_size, f"Held-out loss {when}"
+        loss = evaluation.mean_loss(
+            model, found.held_out, found.collate, size, what, classes=len(found.classes)
+        )
         kept = {name: evaluation.window_loss(model.eval(), rows, name) for name, rows in keep.items()}
         return loss, kept
 
@@ -255,12 +263,13 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     after, kept_after = measure("after")
 
+    speeds = _speeds(config, clock, len(found.train), arguments)
     result = FinetuneResult(
         before=before,
         after=after,
         kept={name: (loss, kept_after[name]) for name, loss in kept_before.items()},
         steps=trainer.state.global_step,
-        tokens_per_second=clock.tokens / max(clock.seconds, 1e-9),
+        **speeds,
         train_seconds=clock.seconds,
         peak_memory_bytes=reporting.peak_memory_bytes(),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -268,11 +277,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         adapter_bytes=0,
         reload_difference=None,
         curve=[dict(entry) for entry in trainer.state.log_history],
+        classes=found.classes,
     )
     if arguments.should_save:
-        probe = collator([eval_set[0]])
-        probe.pop("labels")
-        result = _write(config, model, tokenizer, result, probe)
+        result = _write(config, found, result)
         print(table(result))
     trainer.accelerator.wait_for_everyone()
     return result
@@ -317,7 +325,7 @@ def training_arguments(config: FinetuneConfig) -> Any:
         logging_nan_inf_filter=False,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="no" if config.task == "image-classification" else "non_padding",
         remove_unused_columns=False,
     )
     options.update(config.train.extra)
@@ -330,39 +338,37 @@ def _checkpointing(known: set[str]) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _prepare(config: FinetuneConfig) -> tuple[nn.Module, Any, Any, Any, dict[str, Tensor]]:
+def _prepare(config: FinetuneConfig) -> tuple[tasks.Prepared, dict[str, Tensor]]:
     """Load the data and the model, and wrap the model; return them, and windows of what is to be kept."""
     models.check_path(config.model.path)
+    if config.task != "causal-lm":
+        if config.keep:
+            raise ConfigError(
+                "keep measures the perplexity of text, which a classifier has none of: leave it out."
+            )
+        if config.task == "image-classification" and config.calibration_data is not None:
+            raise ConfigError(
+                "calibration_data is text, and this task is on images: leave it out, and the method looks at "
+                "the training images."
+            )
     train_rows, eval_rows = data.load(config.data, config.seed)
-    method = config.method
-    if config.keep and config.task != "causal-lm":
-        raise ConfigError(
-            "keep measures the perplexity of text, which a classifier has none of: leave it out."
-        )
-    if config.task == "causal-lm":
-        model, tokenizer = models.load_causal_lm(config.model.path, config.model.dtype, "cpu")
-        train_set = data.tokenize_for_generation(train_rows, config.data, tokenizer)
-        eval_set = data.tokenize_for_generation(eval_rows, config.data, tokenizer)
-    else:
-        classes = data.classes_of(train_rows, config.data)
-        tokenizer = models.load_tokenizer(config.model.path)
-        model = models.load_classifier(config.model.path, config.model.dtype, classes, tokenizer.pad_token_id)
-        train_set = data.tokenize_for_classification(train_rows, config.data, tokenizer, classes)
-        eval_set = data.tokenize_for_classification(eval_rows, config.data, tokenizer, classes)
-        method = _with_head(method, model)
+    prepare = tasks.TASKS[config.task]
+    found = prepare(config.model.path, config.model.dtype, config.data, train_rows, eval_rows)
     if config.data.max_eval_examples is not None:
-        eval_set = eval_set.select(range(min(len(eval_set), config.data.max_eval_examples)))
+        count = min(len(found.held_out), config.data.max_eval_examples)
+        found = dataclasses.replace(found, held_out=found.held_out.select(range(count)))
     keep = {
-        name: evaluation.windows_of(path, tokenizer, config.keep_window, config.keep_windows)
+        name: evaluation.windows_of(path, found.processor, config.keep_window, config.keep_windows)
         for name, path in config.keep.items()
     }
     where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
-    looks = _calibration(config, train_set, tokenizer)
-    engine.wrap(model, method, name=config.adapter_name, **where, **looks)
-    return model, tokenizer, train_set, eval_set, keep
+    method = _with_head(config.method, found.model) if found.classes else config.method
+    looks = _calibration(config, found)
+    engine.wrap(found.model, method, name=config.adapter_name, **where, **looks)
+    return found, keep
 
 
-def _calibration(config: FinetuneConfig, train_set: Any, tokenizer: Any) -> dict[str, Any]:
+def _calibration(config: FinetuneConfig, found: tasks.Prepared) -> dict[str, Any]:
     """Return what ``wrap`` needs for a method that looks at data: text of its own, or the training data."""
     settings = engine.calibration_of(config.method)
     if settings is None:
@@ -370,11 +376,11 @@ def _calibration(config: FinetuneConfig, train_set: Any, tokenizer: Any) -> dict
             raise ConfigError("The method looks at no data: leave out calibration_data.")
         return {}
     if config.calibration_data is not None:
-        return {"data": data.read(config.calibration_data, None, "train"), "tokenizer": tokenizer}
-    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    rows = train_set.select(order[: settings.samples])
-    batches = data.batches(rows, data.Collator(tokenizer.pad_token_id), settings.batch_size)
-    return {"data": list(batches)}
+        return {"data": data.read(config.calibration_data, None, "train"), "tokenizer": found.processor}
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(found.train), generator=generator).tolist()
+    rows = found.train.select(order[: settings.samples])
+    return {"data": list(data.batches(rows, found.collate, settings.batch_size))}
 
 
 def _with_head(method: MethodConfig, model: nn.Module) -> MethodConfig:
@@ -386,42 +392,63 @@ def _with_head(method: MethodConfig, model: nn.Module) -> MethodConfig:
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Counts the tokens and the seconds of training steps, and nothing between them."""
+    """Counts the steps, their tokens and their seconds, and nothing between them."""
 
     def __init__(self) -> None:
+        self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
         self._began = 0.0
-        self._earlier = 0  # of the run that is resumed
+        self.earlier_steps = 0  # of the run that is resumed
+        self._earlier_tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._earlier = int(state.num_input_tokens_seen)
+        self.earlier_steps = self.steps = int(state.global_step)
+        self._earlier_tokens = int(state.num_input_tokens_seen)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._began
-        self.tokens = int(state.num_input_tokens_seen) - self._earlier
+        self.steps = int(state.global_step)
+        self.tokens = int(state.num_input_tokens_seen) - self._earlier_tokens
+
+
+def _speeds(config: FinetuneConfig, clock: _Clock, examples: int, arguments: Any) -> dict[str, float | None]:
+    """Return the tokens or images that were trained on a second, under the names of the result's fields."""
+    seconds = max(clock.seconds, 1e-9)
+    if config.task != "image-classification":
+        return {"tokens_per_second": clock.tokens / seconds, "images_per_second": None}
+    batch: int = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+    def seen(steps: int) -> int:
+        epochs, rest = divmod(steps, math.ceil(examples / batch))
+        return epochs * examples + min(rest * batch, examples)  # the last batch of an epoch may be short
+
+    images = seen(clock.steps) - seen(clock.earlier_steps)
+    return {"tokens_per_second": None, "images_per_second": images / seconds}
 
 
 # What it leaves behind --------------------------------------------------------------------------------------
 
 
-def _write(
-    config: FinetuneConfig, model: nn.Module, tokenizer: Any, result: FinetuneResult, probe: dict[str, Any]
-) -> FinetuneResult:
+def _write(config: FinetuneConfig, found: tasks.Prepared, result: FinetuneResult) -> FinetuneResult:
     """Save the adapter, prove that it loads, and write the report."""
-    output = Path(config.output)
-    checkpoint.save(model, output / "adapter", tokenizer=tokenizer, figures=dict(rows(result)))
+    output, model = Path(config.output), found.model
+    checkpoint.save(model, output / "adapter", tokenizer=found.processor, figures=dict(rows(result)))
     size = sum(f.stat().st_size for f in (output / "adapter").iterdir() if f.name in reporting.ADAPTER_FILES)
     difference = None
     if config.check_reload:
+        probe = found.collate([found.held_out[0]])
+        probe.pop("labels")
         difference = verify.reload_difference(model, config.model.path, output / "adapter", probe)
     result = dataclasses.replace(result, adapter_bytes=size, reload_difference=difference)
     facts = dataclasses.asdict(result)
     (output / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     reporting.plot_curve(result.curve, output / "learning_curve.png")
+    if result.after.confusion is not None:
+        reporting.plot_confusion(result.after.confusion, result.classes, output / "confusion.png")
     return result
 
 
@@ -437,12 +464,17 @@ def rows(result: FinetuneResult) -> list[tuple[str, str]]:
     for name, (loss_before, loss_after) in result.kept.items():
         kept = f"{math.exp(loss_before):.3f} → {math.exp(loss_after):.3f}"
         lines.append((f"perplexity of {name}, to be kept", kept))
+    speed = [
+        (f"training {what}/s", f"{value:.0f}")
+        for what, value in (("tokens", result.tokens_per_second), ("images", result.images_per_second))
+        if value is not None
+    ]
     share = 100 * result.trainable_parameters / result.total_parameters
     return [
         *lines,
         (f"held-out {unit}s", f"{before.count}"),
         ("steps", f"{result.steps}"),
-        ("training tokens/s", f"{result.tokens_per_second:.0f}"),
+        *speed,
         ("training time", f"{result.train_seconds:.0f} s"),
         ("peak memory", f"{result.peak_memory_bytes / 2**20:.0f} MiB"),
         ("trainable parameters", f"{result.trainable_parameters:,} ({share:.3f} %)"),

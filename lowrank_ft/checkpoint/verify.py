@@ -39,7 +39,7 @@ def reload_difference(
         base: where its base model is loaded from, a directory or a hub name; None where ``directory`` holds
             the whole model.
         directory: what was saved.
-        inputs: keyword arguments of the model, integer tensors.
+        inputs: keyword arguments of the model.
 
     Raises:
         CheckpointError: the fresh process could not load the checkpoint.

@@ -104,9 +104,9 @@ def test_formats_and_labels_that_are_not_there(tmp_path: Path) -> None:
         data.read(str(tmp_path / "x.xml"), None, "train")
     rows = datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 1}])
     with pytest.raises(ConfigError, match="has one class only"):
-        data.classes_of(rows, DataConfig(""))
+        data.classes_of(rows, "text", "label")
     with pytest.raises(ConfigError, match="no column 'lable'. Did you mean 'label'"):
-        data.classes_of(rows, DataConfig("", label_column="lable"))
+        data.classes_of(rows, "text", "lable")
 
 
 # Measurements -----------------------------------------------------------------------------------------------

@@ -172,6 +172,10 @@ def test_classification(recipe: Path, tmp_path: Path) -> None:
     assert report["after"]["count"] == 8
     assert report["after"]["loss"] < report["before"]["loss"]
     assert report["after"]["accuracy"] >= report["before"]["accuracy"]
+    confusion = torch.tensor(report["after"]["confusion"])
+    assert report["classes"] == ["a", "b", "c"]
+    assert (confusion.sum().item(), confusion.trace().item() / 8) == (8, report["after"]["accuracy"])
+    assert (tmp_path / "out" / "confusion.png").stat().st_size > 5000
     index = json.loads((tmp_path / "out" / "adapter" / "lowrank_ft.json").read_text())
     assert index["adapters"]["default"]["options"]["modules_to_save"] == ["score"]
     assert any(group["modules"] == ["score"] for group in index["manifest"])
