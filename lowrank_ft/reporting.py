@@ -141,14 +141,18 @@ def _describe(node: manifest.Node) -> dict[str, str]:
         parts = node.copies
     else:
         return {what: str(value) for what, value in _sizes(node).items()}
-    described = {
-        name: part.kind + (f" r={part.rank}" if hasattr(part, "rank") else "") for name, part in parts.items()
-    }
+    described = {name: part.kind + _ranks(part) for name, part in parts.items()}
     base = cast(Any, node).base
     if base.kind == "dense":
         return described
     sizes = ", ".join(f"{what} {value}" for what, value in _sizes(base).items())
     return {"base": f"{base.kind} ({sizes})", **described}
+
+
+def _ranks(part: manifest.Node) -> str:
+    """The rank of an adapter's part, or its ranks by axis of the weight: a dot where it has no factor."""
+    ranks = getattr(part, "ranks", (part.rank,) if hasattr(part, "rank") else ())
+    return f" r={'×'.join('·' if rank is None else str(rank) for rank in ranks)}" if ranks else ""
 
 
 def _sizes(node: manifest.Node) -> dict[str, Any]:

@@ -58,6 +58,11 @@ class LowRankConfig(AdapterConfig):
             if rank < 1:
                 raise ConfigError(f"The rank must be at least 1, but {where} is {rank}.")
 
+    def check_patterns(self, sites: Sequence[Site]) -> None:
+        """Raise ``TargetError`` for a pattern that matches no site."""
+        names = [name for site in sites for name in site.names]
+        check_patterns(self.rank_pattern, names, "rank_pattern")
+
 
 @dataclass(frozen=True)
 class CompressorConfig(MethodConfig):
@@ -197,8 +202,7 @@ class Method(ABC, Generic[ConfigT]):
         """
         if not isinstance(self.config, LowRankConfig):
             return [Share() for _ in sites]
-        names = [name for site in sites for name in site.names]
-        check_patterns(self.config.rank_pattern, names, "rank_pattern")
+        self.config.check_patterns(sites)
         return [Share(self._rank(site)) for site in sites]
 
     def _rank(self, site: Site) -> int:

@@ -27,7 +27,7 @@ from lowrank_ft.calibration.batches import Calibration
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 from lowrank_ft.registry import register_method
-from lowrank_ft.sites import Site, check_patterns
+from lowrank_ft.sites import Site
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ class CorDAMethod(Method[CorDA]):
         Raises:
             TargetError: a pattern in the config that matches none of them.
         """
-        names = [site.names[0] for site in chosen]
-        check_patterns(self.config.alpha_pattern, names, "alpha_pattern")
-        check_patterns(self.config.rank_pattern, names, "rank_pattern")
+        self.config.check_patterns(chosen)
         return chosen
 
     def check(self, site: Site) -> None:

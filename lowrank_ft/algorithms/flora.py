@@ -28,7 +28,7 @@ from lowrank_ft.errors import ConfigError
 from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 from lowrank_ft.registry import register_method, register_node
-from lowrank_ft.sites import Site, check_patterns, lookup
+from lowrank_ft.sites import Site, lookup
 
 Start = Literal["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd"]
 Ranks = tuple[int | None, ...]
@@ -266,8 +266,7 @@ class FLoRAMethod(Method[FLoRA]):
             TargetError: a pattern in the config that matches no site.
         """
         names = [site.names[0] for site in sites]
-        check_patterns(self.config.alpha_pattern, names, "alpha_pattern")
-        check_patterns(self.config.rank_pattern, names, "rank_pattern")
+        self.config.check_patterns(sites)
         if self.config.budget is None:
             return [Share(lookup(self.config.rank_pattern, name, self.config.rank)) for name in names]
         return [Share(rank) for rank in self._spend(sites, self.config.budget)]

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from lowrank_ft import linalg
 from lowrank_ft.algorithms.base import (
-    Counts,
     Family,
     LowRankConfig,
     Method,
@@ -62,6 +61,11 @@ class ScaledOptions(LowRankConfig):
             raise ConfigError(f"alpha must be positive and finite, but is among {alphas}.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), but is {self.dropout}.")
+
+    def check_patterns(self, sites: Sequence[Site]) -> None:
+        """Raise ``TargetError`` for a pattern that matches no site."""
+        check_patterns(self.alpha_pattern, [name for site in sites for name in site.names], "alpha_pattern")
+        super().check_patterns(sites)
 
     def alpha_of(self, name: str, rank: int) -> float:
         """Return alpha for the layer ``name`` of that rank."""
@@ -214,11 +218,6 @@ class LoRAMethod(Method[LoRA]):
         """Return one LoRA a layer."""
         anchored = self.config.init in ("pissa", "olora")
         return {site.names[0]: self.config.node(site, cast(int, share.rank), anchored=anchored)}
-
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
-        """Give each layer its rank."""
-        check_patterns(self.config.alpha_pattern, [s.names[0] for s in sites], "alpha_pattern")
-        return super().plan(sites, statistics, counts)
 
     def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
         """Start with ``ΔW = 0``."""

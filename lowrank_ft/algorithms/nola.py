@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, cast
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ft import blockwise
-from lowrank_ft.algorithms.base import Counts, Family, Method, Share, Statistics, generator_for
+from lowrank_ft.algorithms.base import Family, Method, Share, Statistics, generator_for
 from lowrank_ft.algorithms.lora import ScaledNode, ScaledOptions
 from lowrank_ft.basis import philox
 from lowrank_ft.basis.combination import Combination
@@ -32,7 +32,7 @@ from lowrank_ft.errors import ConfigError
 from lowrank_ft.modules.delta import Delta, LowRankForm
 from lowrank_ft.modules.layer import Layer
 from lowrank_ft.registry import register_method, register_node
-from lowrank_ft.sites import Site, check_patterns
+from lowrank_ft.sites import Site
 
 Start = Literal["kaiming", "coefficients"]
 Basis = Literal["rademacher", "uniform"]
@@ -162,11 +162,6 @@ class NOLAMethod(Method[NOLA]):
     name = "nola"
     family = Family.ADAPTER
     Config = NOLA
-
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
-        """Give each layer its rank."""
-        check_patterns(self.config.alpha_pattern, [s.names[0] for s in sites], "alpha_pattern")
-        return super().plan(sites, statistics, counts)
 
     def structure(self, site: Site, share: Share) -> Mapping[str, NOLANode]:
         """Return one NOLA a layer."""
