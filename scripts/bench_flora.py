@@ -103,9 +103,11 @@ BUDGET = 91_372  # a LoRA of rank 4 on the 33 convolutions without groups: the l
 UNGROUPED = [GATES, "*depthwise_conv"]
 CONTESTANTS = {
     "FLoRA": Contestant(ours("flora", budget=BUDGET), seeds=3),
+    "FLoRA, a LoRA's start": Contestant(ours("flora", budget=BUDGET, init="lora"), seeds=3),
     "LoRA": Contestant(ours("lora", rank=3, rank_pattern={"*depthwise_conv": 2}), seeds=3),
     "FLoRA, paper's factors": Contestant(ours("flora", budget=BUDGET, rank_kernel=3, full_modes="factor")),
     "FLoRA, HOSVD factors": Contestant(ours("flora", budget=BUDGET, init="hosvd")),
+    "FLoRA, scale 4": Contestant(ours("flora", budget=BUDGET, scale=4.0)),
     "FLoRA, 33 layers": Contestant(ours("flora", budget=BUDGET, exclude=UNGROUPED)),
     "LoRA, 33 layers": Contestant(ours("lora", rank=4, exclude=UNGROUPED)),
     "LoRA (PEFT), 33 layers": Contestant(theirs(LoraConfig, r=4, lora_alpha=4)),

@@ -22,11 +22,12 @@ def on_gpu(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "flora"])
 @pytest.mark.parametrize("name", TINY)
-def test_identity_training_and_reload(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_identity_training_and_reload(name: str, method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, batch = on_gpu(name, dtype)
     before = logits(model, batch)
-    lowrank_ft.wrap(model, "lora", rank=2, targets=TINY[name].targets)
+    lowrank_ft.wrap(model, method, rank=2, targets=TINY[name].targets)
     assert torch.equal(logits(model, batch), before)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -141,3 +142,15 @@ def test_compression_where_the_model_is(
         for c in (True, False)
     ]
     assert dtype != torch.float32 or torch.equal(*both)
+
+
+@pytest.mark.parametrize("objective", ["loss", "output", "weight"])
+def test_convolutions_are_compressed_where_they_are(objective: str, tmp_path: Path) -> None:
+    model, batch = on_gpu("resnet", torch.float32)
+    data: dict[str, Any] = {} if objective == "weight" else {"data": Case("tucker", "resnet").data()}
+    options: dict[str, Any] = {"targets": "all-conv", "ratio": 0.3, "align": 1, "objective": objective}
+    lowrank_ft.wrap(model, "tucker", **options, **data)
+    assert {t.device.type for t in model.state_dict().values()} == {"cuda"}
+    lowrank_ft.save(model, tmp_path / "model")
+    reloaded = type(model).from_pretrained(tmp_path / "model").cuda().eval()
+    assert torch.equal(logits(reloaded, batch), logits(model, batch))

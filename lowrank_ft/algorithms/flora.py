@@ -30,7 +30,7 @@ from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 from lowrank_ft.registry import register_method, register_node
 from lowrank_ft.sites import Site, lookup
 
-Start = Literal["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd"]
+Start = Literal["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd", "lora"]
 Ranks = tuple[int | None, ...]
 
 
@@ -51,8 +51,9 @@ class FLoRA(ScaledOptions):
     scale: float | None = None
     """Factor on the update, in place of alpha/rank (the paper's code has 1 to 4)."""
     init: Start = "kaiming-normal"
-    """Start of the factors: as the paper's code (normal, variance 1/(2 rank)), uniform of that variance,
-    "gaussian" of deviation 0.02, or "hosvd": the leading directions of the weight's own axes."""
+    """Start of the factors, the core being zero: as the paper's code (normal, variance 1/(2 rank)), uniform
+    of that variance, "gaussian" of deviation 0.02, or "hosvd": the leading directions of the weight's own
+    axes. Or "lora": the output channels' factor is zero in place of the core, as in a LoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,16 +308,50 @@ class FLoRAMethod(Method[FLoRA]):
         (name,) = site.names
         delta = cast(FLoRADelta, new[name])
         layer = layer_of(site.modules[0])
+        generator = generator_for(self.config.seed, name)
         with torch.no_grad():
+            if self.config.init == "lora":
+                _start_as_lora(delta, generator)
+                return
             delta.core.zero_()
-            generator = generator_for(self.config.seed, name)
-            for index, factor in enumerate(delta.factors.values()):
-                if factor is None:
-                    continue
-                if self.config.init == "hosvd":
-                    factor.copy_(linalg.leading(layer.tensor().double(), index, factor.shape[1]))
-                else:
+            for mode, factor in enumerate(delta.factors.values()):
+                if factor is not None and self.config.init == "hosvd":
+                    factor.copy_(linalg.leading(layer.tensor().double(), mode, factor.shape[1]))
+                elif factor is not None:
                     factor.copy_(_random(factor.shape, self.config.init, generator))
+
+
+def _start_as_lora(delta: FLoRADelta, generator: torch.Generator) -> None:
+    """Start with the output channels' factor zero, or the core where they have none.
+
+    The input channels' factor is what a LoRA's A is; core and kernel factors keep lengths.
+    """
+    factors = delta.factors
+    for mode, factor in factors.items():
+        if factor is None:
+            continue
+        if mode == "out":
+            factor.zero_()
+        elif mode == "in":
+            bound = 1 / math.sqrt(len(factor))
+            factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            factor.copy_(nn.init.orthogonal_(torch.empty(factor.shape), generator=generator))
+    if factors["out"] is None:
+        delta.core.zero_()
+        return
+    rows = delta.core.movedim(delta.layer.modes.index("out"), 0)
+    start = nn.init.orthogonal_(torch.empty(rows.shape).flatten(1), generator=generator)
+    rows.copy_(start.view(rows.shape))
+
+
+def _random(shape: torch.Size, start: Start, generator: torch.Generator) -> Tensor:
+    """A factor ``(size, rank)``: of variance 1/(2 rank), as torch's Kaiming start for a slope of √3."""
+    values = torch.empty(shape)
+    if start == "gaussian":
+        return values.normal_(std=0.02, generator=generator)
+    fill = nn.init.kaiming_normal_ if start == "kaiming-normal" else nn.init.kaiming_uniform_
+    return fill(values, a=math.sqrt(3), generator=generator)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -326,13 +361,3 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
         middle = (low + most + 1) // 2
         low, most = (middle, most) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _random(shape: torch.Size, start: Start, generator: torch.Generator) -> Tensor:
-    """A factor ``(size, rank)``: of variance 1/(2 rank), as torch's Kaiming start for a slope of √3."""
-    values = torch.empty(shape)
-    if start == "gaussian":
-        return values.normal_(std=0.02, generator=generator)
-    if start == "kaiming-normal":
-        return nn.init.kaiming_normal_(values, a=math.sqrt(3), generator=generator)
-    return nn.init.kaiming_uniform_(values, a=math.sqrt(3), generator=generator)

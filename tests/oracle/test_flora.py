@@ -176,9 +176,9 @@ def test_other_adapters_run_on_transposed_convolutions_too(kind: str, method: st
 # Starts, ranks and scale ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", ["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd"])
+@pytest.mark.parametrize("init", ["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd", "lora"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_start_is_the_identity_to_the_bit_and_the_core_learns(kind: str, init: str) -> None:
+def test_the_start_is_the_identity_to_the_bit_and_what_is_zero_learns(kind: str, init: str) -> None:
     build, shape = LAYERS[kind]
     torch.manual_seed(0)
     model = Single(build()).float()
@@ -189,8 +189,19 @@ def test_the_start_is_the_identity_to_the_bit_and_the_core_learns(kind: str, ini
     assert torch.equal(out, before)
     out.square().sum().backward()
     delta = delta_of(model)
-    assert delta.core.grad.abs().max() > 0
-    assert all(f is None or not f.grad.any() for f in delta.factors.values())
+    learns = delta.core if init != "lora" or delta.factor_out is None else delta.factor_out
+    assert not learns.any()
+    for parameter in delta.parameters():
+        assert bool(parameter.grad.any()) is (parameter is learns)
+
+
+def test_a_lora_s_start_has_its_sizes() -> None:
+    """What goes into the zero factor is as large as a LoRA's ``A x``: the core has orthonormal rows."""
+    model = lowrank_ft.wrap(Single(nn.Conv2d(96, 64, 3)), "flora", targets="layer", rank=8, init="lora")
+    delta = delta_of(model)
+    rows = delta.core.detach().flatten(1)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(8), rtol=0, atol=1e-5)
+    assert delta.factor_in.abs().max() <= 1 / math.sqrt(96) < 1.05 * delta.factor_in.abs().max()
 
 
 @pytest.mark.parametrize(
