@@ -40,7 +40,7 @@ import lowrank_ft
 
 PIXELS, CLASSES, BATCH, EPOCHS = 96, 10, 32, 3
 TRAIN, VALIDATION, TEST = 2000, 500, 2000
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 GATES = "*squeeze_excite*"  # they are the identity: EfficientNet-Lite has none
 Wrap = Callable[[nn.Module, int], nn.Module]
 
