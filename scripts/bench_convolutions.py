@@ -3,9 +3,8 @@
 EfficientNet-Lite0 with its ImageNet head looks at real photos (CIFAR-10's, at 128 × 128 pixels). Of the
 parameters of its 49 convolutions 20% or 40% are removed, from the 33 without groups; calibration sees 256
 photos and no labels. *Agreement* is the share of 1000 other photos that get the dense network's class of the
-1000 of ImageNet; *divergence* is that of its probabilities, in nats. Then a short recovery: batch norms take
-their statistics anew (512 photos, no gradients), and in one pass over 2000 photos the compressed convolutions
-learn the dense network's probabilities.
+1000 of ImageNet; *divergence* is that of its probabilities, in nats. Then a short recovery: in one pass over
+2000 photos the compressed convolutions learn the dense network's probabilities; batch norms keep theirs.
 
     python scripts/prepare_encoders.py .cache/assets --cifar
     python scripts/bench_convolutions.py
@@ -39,7 +38,6 @@ from lowrank_ft.manifest import replacements
 
 PIXELS, BATCH = 128, 32
 CALIBRATION, RECOVERY, TEST = 256, 2000, 1000
-NORMS = 512
 RATE = 1e-4
 OPTIONS: dict[str, dict[str, Any]] = {
     "HOSVD of the weights": {"objective": "weight"},
@@ -126,8 +124,6 @@ def run(
     left = [m for n, m in model.named_modules() if is_convolution(n, m)]
     removed = 1 - sum(m.weight.numel() for m in left) / every
     found = {"removed": removed, "seconds": seconds, "before": compared(model, test)}
-    renew_norms(model, train.pixels[:NORMS])
-    found["norms"] = compared(model, test)
     recover(model, train)
     return {**found, "after": compared(model, test)}
 
@@ -148,19 +144,6 @@ def compared(model: nn.Module, test: Answers) -> dict[str, float]:
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean KL divergence from the wanted probabilities."""
     return kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
-
-
-def renew_norms(model: nn.Module, pixels: Tensor) -> None:
-    """Give batch norms the statistics of these photos in the compressed network."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    with torch.no_grad():
-        for part in torch.split(pixels, BATCH):
-            model(pixel_values=part)
-    model.eval()
 
 
 def recover(model: nn.Module, train: Answers) -> None:
@@ -192,7 +175,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             **{
                 f"{what}{when}": f"{row[step][what]:.3f}"
                 for what in ("agreement", "divergence")
-                for step, when in (("before", ""), ("norms", ", norms anew"), ("after", ", recovered"))
+                for step, when in (("before", ""), ("after", ", recovered"))
             },
         }
         for row in rows

@@ -1,13 +1,14 @@
 """FLoRA: a Tucker update, a small core and one factor for each axis of the weight.
 
-Si et al. 2024, arXiv 2405.14739, equation 4: ``ΔW = s · G ×₁ U₁ … ×_N U_N`` with the core ``G`` zero at the
-start, so that ``ΔW = 0`` and ``G`` has a gradient. A convolution's channels and its kernel keep axes of their
-own, where a LoRA unfolds them into one matrix.
+Si et al. 2024, arXiv 2405.14739, equation 4: ``ΔW = s · G ×₁ U₁ … ×_N U_N``. A convolution's channels and
+its kernel keep axes of their own, where a LoRA unfolds them into one matrix. In the paper the core ``G``
+starts at zero, so that at first nothing but its few numbers has a gradient. Our default starts with the
+output channels' factor at zero, as a LoRA does, which learns faster (docs/flora.md).
 
 On a linear layer, ``ΔW = s · U_out G U_inᵀ`` reaches what a LoRA of the smaller of its two ranks reaches, and
 no more. It earns its place on convolutions.
 
-Our default leaves a mode whole, without a factor, where its rank would be its size: a square factor adds
+It also leaves a mode whole, without a factor, where its rank would be its size: a square factor adds
 nothing that the core cannot do. ``full_modes="factor"`` has square factors, as the paper.
 """
 
@@ -50,10 +51,10 @@ class FLoRA(ScaledOptions):
     """Numbers to train in all: the largest rank, the same for all layers, that this allows."""
     scale: float | None = None
     """Factor on the update, in place of alpha/rank (the paper's code has 1 to 4)."""
-    init: Start = "kaiming-normal"
-    """Start of the factors, the core being zero: as the paper's code (normal, variance 1/(2 rank)), uniform
-    of that variance, "gaussian" of deviation 0.02, or "hosvd": the leading directions of the weight's own
-    axes. Or "lora": the output channels' factor is zero in place of the core, as in a LoRA."""
+    init: Start = "lora"
+    """"lora": the output channels' factor is zero, as in a LoRA. Or the core is zero, and the factors start
+    as in the paper's code ("kaiming-normal", variance 1/(2 rank)), uniform of that variance, "gaussian" of
+    deviation 0.02, or as the leading directions of the weight's own axes ("hosvd")."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,10 +34,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "budget": {"budget": 3000},
     },
     "flora": {
-        "paper": {"full_modes": "factor", "rank_kernel": 2, "scaling": "rslora", "alpha": 3.0},
+        "paper": {
+            "init": "kaiming-normal",
+            "full_modes": "factor",
+            "rank_kernel": 2,
+            "scaling": "rslora",
+            "alpha": 3.0,
+        },
         "hosvd": {"init": "hosvd", "dropout": 0.3},
         "scale": {"rank_out": 3, "scale": 2.0, "init": "gaussian"},
-        "lora": {"init": "lora", "rank_kernel": 2},
+        "kernel": {"rank_kernel": 2},
     },
     "nola": {
         "uniform": {"basis": "uniform", "scaling": "rslora", "alpha": 3.0},

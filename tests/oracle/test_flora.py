@@ -367,7 +367,7 @@ def test_half_precision_weights_are_not_joined() -> None:
     """A bfloat16 weight would round an update of 1e-4 of it away."""
     torch.manual_seed(0)
     model = Single(nn.Conv2d(8, 8, 3, groups=8, bias=False)).bfloat16()
-    lowrank_ft.wrap(model, "flora", targets="layer", rank=2)
+    lowrank_ft.wrap(model, "flora", targets="layer", rank=2, init="kaiming-normal")
     x = torch.randn(1, 8, 5, 5).bfloat16()
     base = model(x)
     with torch.no_grad():
