@@ -3,9 +3,9 @@
 A network with a new head learns Fashion-MNIST from 2000 pictures in 3 epochs, and is tested on 2000 others.
 
 * EfficientNet-Lite0 (96 × 96 pixels): 1×1 and depthwise convolutions. Each adapter has at most as many
-  numbers as a LoRA of rank 4 on the 33 convolutions without groups, the head's left out. PEFT's LoRA cannot act
-  on the 16 depthwise ones, so that *33 layers* says what a method does without them. Batch norms keep their
-  statistics.
+  numbers as a LoRA of rank 4 on the 33 convolutions without groups, the head's left out. PEFT's LoRA cannot
+  act on the 16 depthwise ones, so that *33 layers* says what a method does without them. Batch norms keep
+  their statistics.
 * A ResNet for faces (104 × 104 pixels): 28 convolutions of 3×3 and one of 7×7, at most as many numbers as a
   LoRA of rank 4.
 
