@@ -82,7 +82,7 @@ class FLoRA(ScaledOptions):
         Returns:
             None for a mode that is left whole.
         """
-        shape = tuple(layer.tensor().shape)
+        shape = layer.tensor_shape
         wanted = {"out": self.rank_out or rank, "in": self.rank_in or rank}
         ranks: list[int | None] = []
         for mode, size in zip(layer.modes, shape, strict=True):
@@ -131,7 +131,7 @@ class FLoRANode(DeltaNode):
         Raises:
             ConfigError: another number of ranks than the weight has axes, or a rank above its axis.
         """
-        shape = tuple(layer.tensor().shape)
+        shape = layer.tensor_shape
         fits = len(shape) == len(self.ranks) and all(
             rank is None or rank <= size for rank, size in zip(self.ranks, shape, strict=True)
         )
@@ -148,7 +148,7 @@ class FLoRADelta(Delta):
 
     def __init__(self, node: FLoRANode, layer: Layer) -> None:
         super().__init__(node, layer)
-        shape = tuple(layer.tensor().shape)
+        shape = layer.tensor_shape
         self.core = self.new_parameter(*core_shape(shape, node.ranks))
         for mode, size, rank in zip(layer.modes, shape, node.ranks, strict=True):
             self.register_parameter(
@@ -229,7 +229,7 @@ class Work:
     def of(cls, layer: ConvLayer, ranks: Ranks, x: Tensor) -> Work:
         """Return the work for an input ``x``, with its gradients where gradients are on."""
         passes = 3 if torch.is_grad_enabled() else 1
-        shape = dict(zip(layer.modes, layer.tensor().shape, strict=True))
+        shape = dict(zip(layer.modes, layer.tensor_shape, strict=True))
         rank = dict(zip(layer.modes, ranks, strict=True))
         before, after = layer.positions(x)
         middle = after if layer.modes[0] == "out" else before
@@ -278,11 +278,11 @@ class FLoRAMethod(Method[FLoRA]):
         layers = [layer_of(site.modules[0]) for site in sites]
 
         def size(layer: Layer, rank: int) -> int:
-            return size_of(layer.tensor().shape, self.config.ranks_of(layer, rank))
+            return size_of(layer.tensor_shape, self.config.ranks_of(layer, rank))
 
         rank = largest(
             lambda r: sum(size(layer, r) for layer in layers) <= budget,
-            max(max(layer.tensor().shape) for layer in layers),
+            max(max(layer.tensor_shape) for layer in layers),
         )
         if rank == 0:
             least = sum(size(layer, 1) for layer in layers)

@@ -105,6 +105,11 @@ class Layer(ABC):
         """The weight with an axis for each of :attr:`modes`: the matrix, or a convolution's stored weight."""
         return self.matrix()
 
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of :meth:`tensor`, which of a factored layer is a product."""
+        return (self.out_features, self.in_features)
+
     def tensor_to_matrix(self, tensor: Tensor) -> Tensor:
         """Turn a tensor with the axes of :attr:`modes` into ``out × in``."""
         return tensor
@@ -288,6 +293,11 @@ class ConvLayer(Layer):
 
     def tensor(self) -> Tensor:
         return self.weight
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The stored weight's."""
+        return tuple(self.weight.shape)
 
     def tensor_to_matrix(self, tensor: Tensor) -> Tensor:
         return self.to_matrix(tensor)

@@ -256,6 +256,11 @@ class FactoredConv(ConvLayer):
         """The product of the factors."""
         return self.factored.product()
 
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """That of the stock layer's weight."""
+        return (self.out_features, self.factored.in_channels, *self.weight.shape[2:])
+
     def matrix(self) -> Tensor:
         """The product of the factors."""
         return self.tensor().flatten(1)
