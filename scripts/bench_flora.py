@@ -164,17 +164,17 @@ def efficientnet() -> Network:
 def resnet() -> Network:
     """The ResNet for faces."""
     tucker: dict[str, Any] = {"method": "flora", "budget": 133_452}  # a LoRA of rank 4
-    rates = (1e-3, 3e-3)
+    rates = (1e-3, 3e-3, 1e-2)
     lokr = {"r": 16, "alpha": 16, "decompose_factor": 4, "use_effective_conv2d": True}
     contestants = {
         "FLoRA": Contestant(ours(**tucker), rates, seeds=3),
         "LoRA": Contestant(ours("lora", rank=4), rates, seeds=3),
-        "FLoRA, paper's start": Contestant(ours(**tucker, init=PAPER), rates),
+        "FLoRA, paper's start": Contestant(ours(**tucker, init=PAPER), rates, seeds=3),
         "LoRA (PEFT)": Contestant(theirs(LoraConfig, r=4, lora_alpha=4), rates),
         "LoHa (PEFT)": Contestant(theirs(LoHaConfig, r=2, alpha=2), rates),
         "LoKr (PEFT)": Contestant(theirs(LoKrConfig, **lokr), rates),
         "head": Contestant(head, (3e-3, 1e-2)),
-        "full": Contestant(full, (1e-4, 3e-4)),
+        "full": Contestant(full, (1e-4, 3e-4, 1e-3)),
     }
 
     def load(assets: Path) -> nn.Module:
