@@ -52,9 +52,10 @@ class FLoRA(ScaledOptions):
     scale: float | None = None
     """Factor on the update, in place of alpha/rank (the paper's code has 1 to 4)."""
     init: Start = "lora"
-    """"lora": the output channels' factor is zero, as in a LoRA. Or the core is zero, and the factors start
-    as in the paper's code ("kaiming-normal", variance 1/(2 rank)), uniform of that variance, "gaussian" of
-    deviation 0.02, or as the leading directions of the weight's own axes ("hosvd")."""
+    """"lora": the output channels' factor is zero, as in a LoRA (of an embedding, the tokens'). Or the core
+    is zero, and the factors start as in the paper's code ("kaiming-normal", variance 1/(2 rank)), uniform of
+    that variance, "gaussian" of deviation 0.02, or as the leading directions of the weight's own axes
+    ("hosvd")."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,25 +324,31 @@ class FLoRAMethod(Method[FLoRA]):
 
 
 def _start_as_lora(delta: FLoRADelta, generator: torch.Generator) -> None:
-    """Start with the output channels' factor zero, or the core where they have none.
+    """Start with what corresponds to a LoRA's B at zero, or with the core, where there is no such factor.
 
-    The input channels' factor is what a LoRA's A is; core and kernel factors keep lengths.
+    Of an embedding that is the tokens' factor, as in PEFT. The other channels' factor is what a LoRA's other
+    one is; core and kernel factors keep lengths.
     """
-    factors = delta.factors
+    embedding = delta.layer.kind == "embedding"
+    factors, zero = delta.factors, "in" if embedding else "out"
     for mode, factor in factors.items():
         if factor is None:
             continue
-        if mode == "out":
-            factor.zero_()
+        start = torch.empty(factor.shape)
+        if mode == zero:
+            start.zero_()
+        elif embedding:
+            start.normal_(generator=generator)
         elif mode == "in":
             bound = 1 / math.sqrt(len(factor))
-            factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
+            start.uniform_(-bound, bound, generator=generator)
         else:
-            factor.copy_(nn.init.orthogonal_(torch.empty(factor.shape), generator=generator))
-    if factors["out"] is None:
+            nn.init.orthogonal_(start, generator=generator)
+        factor.copy_(start)
+    if factors[zero] is None:
         delta.core.zero_()
         return
-    rows = delta.core.movedim(delta.layer.modes.index("out"), 0)
+    rows = delta.core.movedim(delta.layer.modes.index(zero), 0)
     start = nn.init.orthogonal_(torch.empty(rows.shape).flatten(1), generator=generator)
     rows.copy_(start.view(rows.shape))
 

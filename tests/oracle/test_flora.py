@@ -189,7 +189,8 @@ def test_the_start_is_the_identity_to_the_bit_and_what_is_zero_learns(kind: str,
     assert torch.equal(out, before)
     out.square().sum().backward()
     delta = delta_of(model)
-    learns = delta.core if init != "lora" or delta.factor_out is None else delta.factor_out
+    zero = delta.factor_in if kind == "embedding" else delta.factor_out
+    learns = delta.core if init != "lora" or zero is None else zero
     assert not learns.any()
     for parameter in delta.parameters():
         assert bool(parameter.grad.any()) is (parameter is learns)
