@@ -31,7 +31,7 @@ from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 from lowrank_ft.registry import register_method, register_node
 from lowrank_ft.sites import Site, lookup
 
-Start = Literal["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd", "lora"]
+FactorStart = Literal["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd", "lora"]
 Ranks = tuple[int | None, ...]
 
 
@@ -51,7 +51,7 @@ class FLoRA(ScaledOptions):
     """Numbers to train in all: the largest rank, the same for all layers, that this allows."""
     scale: float | None = None
     """Factor on the update, in place of alpha/rank (the paper's code has 1 to 4)."""
-    init: Start = "lora"
+    init: FactorStart = "lora"
     """"lora": the output channels' factor is zero, as in a LoRA (of an embedding, the tokens'). Or the core
     is zero, and the factors start as in the paper's code ("kaiming-normal", variance 1/(2 rank)), uniform of
     that variance, "gaussian" of deviation 0.02, or as the leading directions of the weight's own axes
@@ -353,7 +353,7 @@ def _start_as_lora(delta: FLoRADelta, generator: torch.Generator) -> None:
     rows.copy_(start.view(rows.shape))
 
 
-def _random(shape: torch.Size, start: Start, generator: torch.Generator) -> Tensor:
+def _random(shape: torch.Size, start: FactorStart, generator: torch.Generator) -> Tensor:
     """A factor ``(size, rank)``: of variance 1/(2 rank), as torch's Kaiming start for a slope of √3."""
     values = torch.empty(shape)
     if start == "gaussian":

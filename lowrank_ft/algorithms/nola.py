@@ -34,7 +34,7 @@ from lowrank_ft.modules.layer import Layer
 from lowrank_ft.registry import register_method, register_node
 from lowrank_ft.sites import Site
 
-Start = Literal["kaiming", "coefficients"]
+CoefficientStart = Literal["kaiming", "coefficients"]
 Basis = Literal["rademacher", "uniform"]
 
 
@@ -46,7 +46,7 @@ class NOLA(ScaledOptions):
     """Random matrices that each factor combines, and so coefficients it has: a layer trains twice as many."""
     basis: Basis = "rademacher"
     """Entries of the random matrices: signs, or the paper's uniform ones, which are slower to draw."""
-    init: Start = "kaiming"
+    init: CoefficientStart = "kaiming"
     """A starts from a frozen random matrix with its coefficients at zero, or without one from random
     coefficients; B at zero. (Embeddings: the other way round.)"""
     bits: Literal[32, 16, 8, 4] = 32
@@ -72,7 +72,7 @@ class NOLANode(ScaledNode):
     kind: ClassVar[str] = "nola"
     bases: int = 128
     basis: Basis = "rademacher"
-    init: Start = "kaiming"
+    init: CoefficientStart = "kaiming"
     bits: Literal[32, 16, 8, 4] = 32
     train_rounded: bool = False
     seed: int = 0

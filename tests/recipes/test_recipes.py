@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
-from lowrank_ft import cli, compression, evaluation, training
+from lowrank_ft import cli, compression, evaluation, registry, training
+from lowrank_ft.algorithms.base import Family
 from lowrank_ft.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -339,6 +341,27 @@ def test_options_are_documented_by_the_configs() -> None:
     text = " ".join(done.stdout.split())
     assert "Rank of the update, from 1 to min(out, in) of the layer." in text
     assert "Peak learning rate of AdamW." in text
+
+
+def choices() -> list[tuple[str, str, Any]]:
+    """Every choice of every adapter's options."""
+    found = []
+    for name, method in registry.methods.items():
+        if method.family is not Family.ADAPTER:
+            continue
+        for option, hint in typing.get_type_hints(method.Config).items():
+            if typing.get_origin(hint) is typing.Literal:
+                found += [(name, option, choice) for choice in typing.get_args(hint)]
+    return found
+
+
+@pytest.mark.parametrize(("method", "option", "choice"), choices(), ids=str)
+def test_every_choice_of_a_method_can_be_made(method: str, option: str, choice: Any) -> None:
+    """The parser reads annotations by name, and two files could mean different things by one."""
+    args = ["--model.path", "m", "--data.train", "d", "--output", "o", "--method.name", method]
+    config = cli.parse(training.FinetuneConfig, [*args, f"--method.{option}", str(choice)], "finetune")
+    assert type(config.method) is registry.methods[method].Config
+    assert getattr(config.method, option) == choice
 
 
 def test_unknown_commands_name_the_nearest() -> None:
