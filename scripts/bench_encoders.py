@@ -223,14 +223,20 @@ def dinov2(assets: Path) -> Task:
 
 def pictures(folder: Path, name: str, number: int) -> Split:
     """Read IDX files, and make their pictures what DINOv2 takes; it interpolates its positions itself."""
+    raw, labels = read_idx(folder, name, number)
+    grey = raw.float() / 255
+    large = nn.functional.interpolate(grey, size=(PIXELS, PIXELS), mode="bilinear").expand(-1, 3, -1, -1)
+    pixels = (large - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
+    return Split(batched(pixels, BATCH), labels.tolist())
+
+
+def read_idx(folder: Path, name: str, number: int) -> tuple[Tensor, Tensor]:
+    """Return the first pictures of IDX files, ``(n, 1, 28, 28)`` from 0 to 255, and their labels."""
     with gzip.open(folder / f"{name}-images-idx3-ubyte.gz") as file:
         raw = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)[:number]
     with gzip.open(folder / f"{name}-labels-idx1-ubyte.gz") as file:
         labels = np.frombuffer(file.read(), np.uint8, offset=8)[:number]
-    grey = torch.from_numpy(raw.copy()).float() / 255
-    large = nn.functional.interpolate(grey, size=(PIXELS, PIXELS), mode="bilinear").expand(-1, 3, -1, -1)
-    pixels = (large - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
-    return Split(batched(pixels, BATCH), labels.tolist())
+    return torch.from_numpy(raw.copy()), torch.from_numpy(labels.copy()).long()
 
 
 def batched(pixels: Tensor, size: int) -> list[Batch]:

@@ -22,7 +22,6 @@ Rows that are in the results file are not run again.
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
 import statistics
 import time
@@ -33,8 +32,8 @@ from typing import Any, cast
 
 import common
 import face_resnet
-import numpy as np
 import torch
+from bench_encoders import read_idx
 from bench_training import saved_bytes
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from tabulate import tabulate
@@ -218,7 +217,9 @@ def run_missing(network_name: str, network: Network, args: argparse.Namespace) -
     part, parts = (int(n) for n in args.part.split("/"))
     for name, contestant in list(network.contestants.items())[part::parts]:
         for seed in range(contestant.seeds):
-            tried = contestant.rates if seed == 0 else (best_rate(network_name, name, args.results),)
+            tried = (
+                contestant.rates if seed == 0 else (best_rate(network_name, name, common.read(args.results)),)
+            )
             for rate in tried:
                 key = {"network": network_name, "method": name, "seed": seed, "rate": rate}
                 if not common.is_done(key, common.read(args.results)):
@@ -227,22 +228,18 @@ def run_missing(network_name: str, network: Network, args: argparse.Namespace) -
                     print(row, flush=True)
 
 
-def best_rate(network: str, name: str, results: Path) -> float:
+def best_rate(network: str, name: str, rows: list[dict[str, Any]]) -> float:
     """Return the rate that was best on the validation pictures, by the first seed."""
-    rows = [r for r in common.read(results) if r["network"] == network and r["method"] == name]
-    return float(max((r for r in rows if r.get("seed") == 0), key=lambda r: float(r["validation"]))["rate"])
+    own = [r for r in rows if r["network"] == network and r["method"] == name]
+    return float(max((r for r in own if r.get("seed") == 0), key=lambda r: float(r["validation"]))["rate"])
 
 
 def pictures(network: Network, assets: Path, name: str, number: int) -> Pictures:
     """Read the first pictures of an IDX file, whose order is random, as the network takes them."""
-    folder = assets / "fashion-mnist"
-    with gzip.open(folder / f"{name}-images-idx3-ubyte.gz") as file:
-        raw = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)[:number]
-    with gzip.open(folder / f"{name}-labels-idx1-ubyte.gz") as file:
-        classes = np.frombuffer(file.read(), np.uint8, offset=8)[:number]
+    raw, classes = read_idx(assets / "fashion-mnist", name, number)
     size = (network.pixels, network.pixels)
-    large = nn.functional.interpolate(torch.from_numpy(raw.copy()).float(), size=size, mode="bilinear")
-    return Pictures(network.normalised(large.expand(-1, 3, -1, -1)), torch.from_numpy(classes.copy()).long())
+    large = nn.functional.interpolate(raw.float(), size=size, mode="bilinear")
+    return Pictures(network.normalised(large.expand(-1, 3, -1, -1)), classes)
 
 
 def wrapped(network: Network, contestant: Contestant, seed: int, assets: Path) -> nn.Module:
@@ -344,8 +341,7 @@ def table(network: str, rows: list[dict[str, Any]]) -> str:
         trained, cost = ([r for r in own if key in r] for key in ("test", "saved MB"))
         if not trained:
             continue
-        first = [r for r in trained if r["seed"] == 0]
-        rate = max(first, key=lambda r: float(r["validation"]))["rate"]
+        rate = best_rate(network, name, rows)
         best = [r for r in trained if r["rate"] == rate]
         found = [float(r["test"]) for r in best]
         spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""

@@ -31,6 +31,8 @@ from lowrank_ft.modules.lowrank import LowRank, LowRankNode, low_rank_node, supp
 from lowrank_ft.registry import register_method
 from lowrank_ft.sites import Site
 
+Objective = Literal["loss", "output", "weight"]
+
 GRADIENT_RIDGE = 1e-4  # a few thousand tokens leave G rank-deficient or nearly so
 
 
@@ -38,7 +40,7 @@ GRADIENT_RIDGE = 1e-4  # a few thousand tokens leave G rank-deficient or nearly 
 class LoRD(CompressorConfig):
     """LoRD: replace layers by two thin factors that keep what their outputs do on real data."""
 
-    objective: Literal["loss", "output", "weight"] = "loss"
+    objective: Objective = "loss"
     """What to keep: the model's loss (one backward pass), the layers' outputs (the paper), or the weights
     themselves (plain SVD, no data)."""
     allocation: Literal["loss", "probe", "uniform"] | None = None
@@ -70,12 +72,9 @@ class LoRDMethod(Method[LoRD]):
 
     def needs(self) -> frozenset[Need]:
         """Nothing for plain SVD; inputs; gradients too for the loss, or probes in their place."""
-        if self.config.objective == "weight":
-            return frozenset()
         if self.config.allocation == "probe":
             return frozenset({Need.INPUT, Need.SENSITIVITY})
-        by_loss = self.config.objective == "loss"
-        return frozenset({Need.INPUT, Need.OUTPUT_GRADIENT} if by_loss else {Need.INPUT})
+        return needs_of(self.config.objective)
 
     def check(self, site: Site) -> None:
         """Refuse what cannot become two factors."""
@@ -149,6 +148,16 @@ class LoRDMethod(Method[LoRD]):
 
 
 # One layer, for other methods too ---------------------------------------------------------------------------
+
+
+def needs_of(objective: Objective) -> frozenset[Need]:
+    """Return what an objective looks at: nothing for the weights; inputs; gradients too for the loss."""
+    needs: dict[str, set[Need]] = {
+        "weight": set(),
+        "output": {Need.INPUT},
+        "loss": {Need.INPUT, Need.OUTPUT_GRADIENT},
+    }
+    return frozenset(needs[objective])
 
 
 def centers(layer: Layer) -> bool:

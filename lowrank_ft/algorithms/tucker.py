@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from lowrank_ft import linalg
 from lowrank_ft.algorithms import lord
 from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
-from lowrank_ft.algorithms.lord import GRADIENT_RIDGE
+from lowrank_ft.algorithms.lord import GRADIENT_RIDGE, Objective
 from lowrank_ft.allocation import Option, allocate, uniform
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, TargetError
@@ -36,7 +36,7 @@ from lowrank_ft.sites import Site
 class Tucker(CompressorConfig):
     """Tucker: replace convolutions by smaller ones in a row that keep what their outputs do on real data."""
 
-    objective: Literal["loss", "output", "weight"] = "loss"
+    objective: Objective = "loss"
     """What to keep: the model's loss (one backward pass), the layers' outputs, or the weights themselves
     (higher-order SVD, no data)."""
     energy: float | None = None
@@ -58,10 +58,7 @@ class TuckerMethod(Method[Tucker]):
 
     def needs(self) -> frozenset[Need]:
         """Nothing for the weights; inputs; gradients too for the loss."""
-        by_loss = frozenset({Need.INPUT, Need.OUTPUT_GRADIENT})
-        return {"weight": frozenset[Need](), "output": frozenset({Need.INPUT}), "loss": by_loss}[
-            self.config.objective
-        ]
+        return lord.needs_of(self.config.objective)
 
     def check(self, site: Site) -> None:
         """Refuse what cannot become smaller convolutions."""

@@ -347,9 +347,13 @@ class ConvLayer(Layer):
             x: the layer's input.
         """
         before = x.shape[-self.spatial :]
-        after = [-(-size // step) for size, step in zip(before, self.module.stride, strict=True)]
+        after = [self._strided(size, step) for size, step in zip(before, self.module.stride, strict=True)]
         samples = x.shape[0] if x.dim() == self.spatial + 2 else 1
         return samples * math.prod(before), samples * math.prod(after)
+
+    def _strided(self, size: int, step: int) -> int:
+        """What a stride makes of a side."""
+        return -(-size // step)
 
     def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if self.groups > 1:
@@ -417,11 +421,8 @@ class TransposedConvLayer(ConvLayer):
         options = (m.stride, m.padding, m.output_padding, m.groups, m.dilation)
         return cast(Tensor, convolve(x, weight, bias, *options))
 
-    def positions(self, x: Tensor) -> tuple[int, int]:
-        before = x.shape[-self.spatial :]
-        after = [size * step for size, step in zip(before, self.module.stride, strict=True)]
-        samples = x.shape[0] if x.dim() == self.spatial + 2 else 1
-        return samples * math.prod(before), samples * math.prod(after)
+    def _strided(self, size: int, step: int) -> int:
+        return size * step
 
     def run_tucker(self, x: Tensor, outer: Tensor | None, core: Tensor, inner: Tensor | None) -> Tensor:
         if inner is not None:

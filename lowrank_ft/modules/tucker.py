@@ -132,8 +132,7 @@ class TuckerConv(Factored):
 
     def product(self) -> Tensor:
         """Return the weight of the one convolution that computes the same, ``(out, in, k…)``."""
-        outer, core, inner = self.factors()
-        return linalg.tucker(core, [outer, inner, *(None,) * (core.dim() - 2)])
+        return _product(*self.factors())
 
     def dense(self, matrix: Tensor | None = None) -> nn.Module:
         """Return one stock convolution in place of all.
@@ -146,9 +145,9 @@ class TuckerConv(Factored):
         with torch.no_grad():
             if matrix is None:
                 wide = torch.promote_types(dtype, torch.float32)
-                outer, core, inner = (None if f is None else f.to(wide) for f in self.factors())
-                assert core is not None
-                matrix = linalg.tucker(core, [outer, inner, *(None,) * (core.dim() - 2)]).flatten(1)
+                outer, core, inner = self.factors()
+                outer, inner = (None if factor is None else factor.to(wide) for factor in (outer, inner))
+                matrix = _product(outer, core.to(wide), inner).flatten(1)
             stock = _empty(self.core, self.in_channels, self.out_channels, self.bias is not None)
             stock.weight.copy_(matrix.view_as(stock.weight))
             if self.bias is not None and stock.bias is not None:
@@ -169,14 +168,13 @@ class TuckerConv(Factored):
             basis, _ = torch.linalg.qr(added.movedim(1, 0).flatten(1))
             if inner.shape[1] + basis.shape[1] < self.in_channels:
                 both = torch.cat([inner, basis], 1)
-                added = _through(added, basis)
+                added = _product(None, added, basis.T)
                 added, core = _pad(added, core.shape[1], 0), _pad(core, 0, added.shape[1])
                 inner = both
             else:
-                core, inner = linalg.tucker(core, [None, inner, *(None,) * (core.dim() - 2)]), None
+                core, inner = _product(None, core, inner), None
         if outer is None:
-            product = linalg.tucker(added, [B.to(core.dtype), *(None,) * (core.dim() - 1)])
-            core = core + product
+            core = core + _product(B.to(core.dtype), added, None)
         else:
             core, outer = torch.cat([core, added]), torch.cat([outer, B.to(core.dtype)], 1)
         return self._like(outer, core, inner)
@@ -203,9 +201,9 @@ class TuckerConv(Factored):
         return any(p.requires_grad for p in self.parameters())
 
 
-def _through(weight: Tensor, basis: Tensor) -> Tensor:
-    """Multiply the ``in`` mode by the transpose of an orthonormal basis ``(in, rank)``."""
-    return linalg.tucker(weight, [None, basis.T, *(None,) * (weight.dim() - 2)])
+def _product(outer: Tensor | None, core: Tensor, inner: Tensor | None) -> Tensor:
+    """``core ×_out outer ×_in inner``: factors ``(out, r)`` and ``(in, r)``, or None for none."""
+    return linalg.tucker(core, [outer, inner, *(None,) * (core.dim() - 2)])
 
 
 def _pad(weight: Tensor, before: int, after: int) -> Tensor:

@@ -102,10 +102,6 @@ def test_adapters_stack_and_merge_without_losing_the_factors(geometry: str, node
 # Optimality -------------------------------------------------------------------------------------------------
 
 
-def data_for(model: nn.Module, seed: int = 5) -> list[dict[str, Tensor]]:
-    return [{"x": randn(4, 8, 9, 9, seed=seed + i)} for i in range(6)]
-
-
 def mixed(channels: int, outputs: int, kernel: int) -> Single:
     """A convolution on channels of different sizes, so that data matter."""
     torch.manual_seed(3)
