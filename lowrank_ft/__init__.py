@@ -16,14 +16,30 @@ from lowrank_ft._version import __version__
 
 if TYPE_CHECKING:
     from lowrank_ft.algorithms.lora import LoRA
+    from lowrank_ft.algorithms.lq_lora import LQLoRA
+    from lowrank_ft.algorithms.nf import NF
     from lowrank_ft.checkpoint import export, load, save
-    from lowrank_ft.engine import delete_adapter, disable, merge, set_adapter, unload, unmerge, wrap
+    from lowrank_ft.engine import (
+        cast_adapters,
+        delete_adapter,
+        disable,
+        merge,
+        merge_drift,
+        requantize,
+        set_adapter,
+        unload,
+        unmerge,
+        wrap,
+    )
     from lowrank_ft.reporting import methods, report
     from lowrank_ft.training import AdapterCheckpoint, StopOnNonFinite
 
 _WHERE = {
     "wrap": "engine",
     "set_adapter": "engine",
+    "cast_adapters": "engine",
+    "merge_drift": "engine",
+    "requantize": "engine",
     "disable": "engine",
     "delete_adapter": "engine",
     "merge": "engine",
@@ -37,13 +53,16 @@ _WHERE = {
     "AdapterCheckpoint": "training",
     "StopOnNonFinite": "training",
     "LoRA": "algorithms.lora",
+    "NF": "algorithms.nf",
+    "LQLoRA": "algorithms.lq_lora",
 }
 
 __all__ = [  # noqa: RUF022
-    "wrap", "set_adapter", "disable", "delete_adapter", "merge", "unmerge", "unload",
+    "wrap", "set_adapter", "disable", "delete_adapter", "cast_adapters",
+    "merge", "merge_drift", "unmerge", "unload", "requantize",
     "save", "load", "export", "report", "methods",
     "AdapterCheckpoint", "StopOnNonFinite",
-    "LoRA",
+    "LoRA", "NF", "LQLoRA",
     "__version__",
 ]  # fmt: skip
 

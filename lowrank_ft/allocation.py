@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Option:
         loss: the predicted rise of the model's loss; 0 for a dense layer.
         ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
             divides over the widths of a group that has several.
+        scheme: how its weights are stored, where they are quantised.
     """
 
     rank: int | None
     size: int
     loss: float
     ranks: Mapping[str, int] = field(default_factory=dict)
+    scheme: Scheme | None = None
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
@@ -60,6 +63,73 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
             continue
         chosen[name], left = high, left - cost
     return _fill(options, chosen, left)
+
+
+def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """Choose one option for each layer by the integer program ``min Σ loss, Σ size ≤ budget``, with HiGHS.
+
+    Args:
+        options: for each layer, at least one.
+        budget: what the sizes may add up to.
+
+    Raises:
+        ConfigError: the smallest options are above the budget.
+    """
+    from scipy import optimize, sparse
+
+    allocate(options, budget)  # raises where there is no solution
+    useful = {name: _undominated(choices) for name, choices in options.items()}
+    flat = [(name, option) for name, choices in useful.items() for option in choices]
+    losses = torch.tensor([option.loss for _, option in flat], dtype=torch.float64)
+    sizes = [float(option.size) for _, option in flat]
+    row = {name: i for i, name in enumerate(useful)}
+    once = sparse.csr_array(
+        ([1.0] * len(flat), ([row[name] for name, _ in flat], range(len(flat)))), (len(row), len(flat))
+    )
+    found = optimize.milp(
+        (losses / losses.max().clamp_min(1e-300)).numpy(),
+        integrality=[1] * len(flat),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(once, 1, 1),
+            optimize.LinearConstraint(sparse.csr_array([sizes]) / budget, -math.inf, 1),
+        ],
+        options={"mip_rel_gap": 1e-5, "time_limit": 60},
+    )
+    if found.x is None:
+        raise ConfigError(f"HiGHS found no solution ({found.message}): use solver='lagrangian'.")
+    chosen = {flat[i][0]: flat[i][1] for i, x in enumerate(found.x) if x > 0.5}
+    over = sum(option.size for option in chosen.values()) > budget  # by HiGHS's tolerance of the constraint
+    return allocate(options, budget) if over else chosen
+
+
+def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """Choose one scheme and rank for all layers: of those that fit the budget, the one of the least loss.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    kinds: dict[tuple[Scheme | None, int | None], dict[str, Option]] = {}
+    for name, choices in options.items():
+        for option in choices:
+            kinds.setdefault((option.scheme, option.rank), {})[name] = option
+    fitting = [
+        chosen
+        for chosen in kinds.values()
+        if len(chosen) == len(options) and sum(o.size for o in chosen.values()) <= budget
+    ]
+    if not fitting:
+        raise ConfigError(f"No one scheme for all layers fits into {budget:,} bytes: raise the budget.")
+    return min(fitting, key=lambda chosen: sum(o.loss for o in chosen.values()))
+
+
+def _undominated(choices: Sequence[Option]) -> list[Option]:
+    """The options of which none is both as small and as good as another."""
+    found: list[Option] = []
+    for option in sorted(choices, key=lambda o: (o.size, o.loss)):
+        if not found or option.loss < found[-1].loss:
+            found.append(option)
+    return found
 
 
 def combined(layers: Mapping[str, Sequence[Option]]) -> list[Option]:

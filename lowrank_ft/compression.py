@@ -100,7 +100,6 @@ class Stage:
 
     config: MethodConfig
     name: str
-    family: Family
     train: TrainConfig | None
 
 
@@ -153,22 +152,24 @@ def parse_stage(entry: Mapping[str, Any]) -> Stage:
         RegistryError: no such method.
     """
     options = dict(entry)
-    name = options.pop("method", None)
-    if not isinstance(name, str):
-        raise ConfigError(f"A stage needs a method, but has {sorted(entry)}.")
-    cls = registry.methods[name]
     given = options.pop("train", None)
-    adapts = cls.family is Family.ADAPTER
-    if given is not None and not adapts:
-        raise ConfigError(f"The stage {name!r} trains nothing: leave out train.")
-    train = configs.parse(TrainConfig, given or {}, what="train") if adapts else None
-    return Stage(configs.parse(cls.Config, options, what=f"The stage {name!r}"), name, cls.family, train)
+    config = training.parse_stage(dict(options))
+    cls = registry.methods[options["method"]]
+    if given is not None and not cls.trains:
+        raise ConfigError(f"The stage {cls.name!r} trains nothing: leave out train.")
+    # A quantised model whose correction could train is whole without training.
+    trains = cls.family is Family.ADAPTER or given is not None
+    return Stage(config, cls.name, configs.parse(TrainConfig, given or {}, what="train") if trains else None)
 
 
 def _describe(stage: Stage) -> str:
     ratio = getattr(stage.config, "ratio", None)
     rank = getattr(stage.config, "rank", None)
-    return stage.name + (f" {ratio:.0%}" if ratio is not None else "") + (f" r={rank}" if rank else "")
+    budget, bits = getattr(stage.config, "budget", None), getattr(stage.config, "bits", None)
+    unit = {"bits": "bits"}.get(getattr(stage.config, "budget_of", ""), "MB")
+    stored = "" if bits is None else f" {budget:g} {unit}" if budget is not None else f" {bits} bits"
+    share = "" if ratio is None else f" {ratio:.0%}"
+    return f"{stage.name}{share}{stored}" + (f" r={rank}" if rank else "")
 
 
 def _run(stage: Stage, model: nn.Module, tokenizer: Any, config: CompressConfig) -> None:

@@ -7,6 +7,7 @@ before the first module is replaced, so an error leaves the model as it was.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetEr
 from lowrank_ft.manifest import Node, describe, replacements, to_json
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
-from lowrank_ft.modules.delta import digest_of
+from lowrank_ft.modules.delta import Delta, digest_of
 from lowrank_ft.modules.host import Host
-from lowrank_ft.modules.layer import find_layer
+from lowrank_ft.modules.layer import find_layer, layer_of
+from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.modules.replacement import Container, Factored, Replacement
 from lowrank_ft.modules.resized import Resized
 
@@ -36,6 +38,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 QUANT_METHOD = "lowrank_ft"  # under which transformers finds the manifest in a config
 SCHEMA = 1
 _FACTS = "layers changed"
+_FACTOR_TYPES = ("auto", "float32", "bfloat16", "float16")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -95,6 +98,8 @@ def wrap(
         TargetError: targets that match nothing, or layers that cannot be adapted.
         StateError: the name is taken; the model is compiled, quantised, merged or on ``meta``.
     """
+    from lowrank_ft.adoption import adopted  # it needs this module
+
     stages = _stages(method, options)
     source = Source(data, tokenizer, loss)
     if source and not any(stage.needs() for stage in stages):
@@ -102,21 +107,15 @@ def wrap(
         raise ConfigError(
             f"The method {names} takes no calibration data: leave out data, tokenizer and loss."
         )
-    if any(stage.family is Family.ADAPTER for stage in stages):
-        check_can_wrap(model, name)
-    check_can_change(model)
-    for stage in stages:
-        chosen = stage.sites(model, sites.select(model, targets, exclude, layers))
-        where = {
-            "targets": configs.plain(targets),
-            "exclude": configs.plain(exclude),
-            "layers": configs.plain(layers if layers is None or isinstance(layers, int) else list(layers)),
-        }
-        recipe = {"method": stage.name, "options": configs.to_dict(stage.config), **where}
-        if stage.family is Family.ADAPTER:
-            _adapt(model, stage, chosen, name, recipe, source)
-        else:
-            _compress(model, stage, chosen, recipe, source)
+    blocks = layers if layers is None or isinstance(layers, int) else list(layers)
+    where: dict[str, Any] = {"targets": targets, "exclude": exclude, "layers": blocks}
+    with adopted(model):
+        if any(stage.trains for stage in stages):
+            check_can_wrap(model, name)
+        check_can_change(model)
+        for stage in stages:
+            given = source if len(stages) == 1 or stage.needs() else Source()  # in a stack, others may look
+            _put(model, stage, where, name, given)
     return model
 
 
@@ -132,6 +131,7 @@ def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
         require_adapter(model, name)
     for host in found.values():
         host.check_active(wanted)
+    check_whole(model, wanted)
     for host in found.values():
         host.activate(wanted)
     _write_config(model)
@@ -144,6 +144,7 @@ def disable(model: nn.Module) -> Iterator[None]:
     found = hosts(model)
     if not found:
         raise StateError("There is no adapter on this model to disable.")
+    check_whole(model, ())
     before = [(host, host.active) for host in found.values()]
     for host, _ in before:
         host.use(())
@@ -161,6 +162,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         StateError: no adapter of that name.
     """
     require_adapter(model, name)
+    check_whole(model, [other for other in adapter_names(model) if other != name])
     owners = _owners(model)
     for host in hosts(model).values():
         if name in host.parts:
@@ -218,6 +220,106 @@ def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> Mod
     return model
 
 
+def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
+    """Round the factors of LoRAs to a dtype, in place, and keep them in it: also on disk, and when reloaded.
+
+    Half precision halves what they take. Train in ``"float32"`` and round at the end: steps of an optimiser
+    are lost in half precision.
+
+    Args:
+        model: a wrapped model.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what :func:`wrap` chooses.
+        name: the adapter; by default all.
+
+    Raises:
+        StateError: no adapter of that name, or one without factors of its own.
+        ConfigError: no such dtype.
+    """
+    state_of(model)
+    if dtype not in _FACTOR_TYPES:
+        raise ConfigError(f"Factors are kept in one of {list(_FACTOR_TYPES)}, but not in {dtype!r}.")
+    if name is not None:
+        require_adapter(model, name)
+    found = [
+        (host, other)
+        for host in hosts(model).values()
+        for other in host.parts
+        if name in (None, other) and not isinstance(host, Copied)
+    ]
+    for host, other in found:
+        if not hasattr(host.nodes[other], "dtype"):
+            kind = host.nodes[other].kind
+            raise StateError(f"The adapter {other!r} is a {kind!r}, whose numbers have no dtype to choose.")
+    for host, other in found:
+        node = dataclasses.replace(cast(Any, host.nodes[other]), dtype=dtype)
+        shell = node.build(meta_twin(host.base))
+        wanted = {key: tensor.dtype for key, tensor in shell.state_dict().items()}
+        part = cast(Delta, host.parts[other])
+        for key, tensor in (*part.named_parameters(), *part.named_buffers()):
+            tensor.data = tensor.data.to(wanted[key])
+        host.nodes[other] = part.node = node
+    _write_config(model)
+    return model
+
+
+def merge_drift(model: nn.Module) -> dict[str, float]:
+    """Return how far :func:`merge` would move each quantised layer: what rounding to its dtype adds.
+
+    The relative Frobenius distance of the merged weight from the sum, in float64, of what is stored and what
+    the active adapters add, by layer name. Zero but for rounding in float32; in half precision it can be
+    as large as what training did.
+
+    Raises:
+        StateError: no adapter on a quantised layer.
+    """
+    found = {}
+    for name, host in hosts(model).items():
+        if not isinstance(host, Adapted) or not isinstance(host.base, Quantized) or not host.active:
+            continue
+        with torch.no_grad():
+            exact = host.base.matrix(torch.float64)
+            for delta in host.active:
+                exact = exact + host.deltas[delta].weight().double()
+            merged = layer_of(host.merged()).matrix().double()
+            found[name] = float((merged - exact).norm() / exact.norm().clamp_min(1e-300))
+    if not found:
+        raise StateError("No quantised layer has an active adapter, so nothing would be merged into one.")
+    return found
+
+
+def requantize(model: ModelT, *, data: Any = None, tokenizer: Any = None, loss: Any = None) -> ModelT:
+    """Merge the active adapters into the weights, and quantise those again as they were before.
+
+    After training, an adapter of a quantised base becomes part of it; LQ-LoRA splits the sum anew. The last
+    quantising stage runs again with its own options, and its report says what it left.
+
+    Args:
+        model: a model with a quantised base and adapters on it.
+        data: calibration data, where that stage looks at any; see :func:`wrap`.
+        tokenizer: turns texts in ``data`` into tokens.
+        loss: what to differentiate.
+
+    Raises:
+        StateError: no stage has quantised the model, or there is no adapter to merge.
+        ConfigError: data that is missing, or not looked at.
+    """
+    stages = stages_of(model)
+    known = [s for s in stages if registry.methods[s["method"]].family is Family.QUANTIZER]
+    if not known:
+        raise StateError("No stage has quantised this model: wrap() it with a quantising method.")
+    last, names = known[-1], adapter_names(model)
+    cls = registry.methods[last["method"]]
+    method = cls(configs.parse(cls.Config, last["options"], what=f"The method {cls.name!r}"))
+    if bool(method.needs()) is (data is None):
+        state = "looks at calibration data: pass data=" if method.needs() else "takes no calibration data"
+        raise ConfigError(f"The method {cls.name!r} that quantised this model {state}.")
+    merge(model, reversible=False)
+    model.__dict__["_lowrank_ft_stages"] = [stage for stage in stages if stage is not last]
+    where = {key: last[key] for key in ("targets", "exclude", "layers")}
+    name = names[0] if method.trains else "default"
+    return wrap(model, method.config, name=name, data=data, tokenizer=tokenizer, loss=loss, **where)
+
+
 def unmerge(model: ModelT) -> ModelT:
     """Undo :func:`merge`: the same modules are back, so base and adapters are equal to the bit.
 
@@ -252,6 +354,7 @@ def unload(model: ModelT) -> ModelT:
     """
     if state_of(model).merged is not None:
         raise StateError("The adapters are merged into the weights: unmerge() first, then unload().")
+    check_whole(model, ())
     owners = _owners(model)
     for host in hosts(model).values():
         _replace(owners, host, host.base)
@@ -267,6 +370,11 @@ def calibration_of(config: MethodConfig) -> Calibration | None:
     """Return how much data a method looks at with these options; None where it looks at none."""
     found: Calibration | None = getattr(config, "calibration", None)
     return found if _method_for(config).needs() else None
+
+
+def trains(config: MethodConfig) -> bool:
+    """Whether a method leaves an adapter."""
+    return _method_for(config).trains
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:
@@ -307,6 +415,23 @@ def check_digest(name: str, digest: str | None, expected: Mapping[str, Any]) -> 
             f"The adapter {name!r} was saved with other random bases than this package makes for it, so its "
             f"coefficients mean nothing here: use the release it was saved with."
         )
+
+
+def check_whole(model: nn.Module, active: Collection[str]) -> None:
+    """Raise ``StateError`` where an adapter that part of the weights lies in would not be active."""
+    for host in hosts(model).values():
+        for name, part in host.parts.items():
+            if name not in active and getattr(part, "carries", False):
+                raise StateError(
+                    f"Part of the quantised weights lies in the adapter {name!r}, so the model is not whole "
+                    f"without it: keep it active beside others (set_adapter([{name!r}, …])), or merge() it."
+                )
+
+
+def carries(model: nn.Module) -> bool:
+    """Whether part of the weights lies in an adapter, so that the model has no base without it."""
+    parts = (part for host in hosts(model).values() for part in host.parts.values())
+    return any(getattr(part, "carries", False) for part in parts)
 
 
 def require_adapter(model: nn.Module, name: str) -> None:
@@ -365,6 +490,7 @@ def check_can_wrap(model: nn.Module, name: str) -> None:
         raise StateError(
             f"The model already has an adapter {name!r}. Choose another name=, or delete_adapter() it."
         )
+    check_whole(model, ())  # a new adapter becomes the only active one
     check_can_change(model)
 
 
@@ -384,7 +510,10 @@ def check_can_change(model: nn.Module) -> None:
         )
     foreign = getattr(getattr(model, "config", None), "quantization_config", None)
     if foreign is not None and not _is_ours(foreign):
-        raise StateError("The model is quantised by another library, which adapters here do not support yet.")
+        raise StateError(
+            "The model is quantised by another library. Load it unquantised, or with bitsandbytes, whose "
+            "linear layers wrap() takes over."
+        )
     if find_layer(model) is not None:
         raise StateError(
             "The model is itself a single layer, which cannot be replaced in place: put it in a container."
@@ -413,7 +542,7 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: a bias where the stock model has none.
     """
-    kinds = (Factored, Resized, Container)
+    kinds = (Factored, Resized, Container, Quantized)
     found = {name: module for name, module in replacements(model).items() if isinstance(module, kinds)}
     extra = [name for name, module in found.items() if getattr(module, "adds_bias", False)]
     if extra:
@@ -527,9 +656,7 @@ def commit(
 ) -> None:
     """Put built parts into the model under the adapter ``name``, make it the active one, freeze the rest."""
     if "_lowrank_ft" not in model.__dict__:
-        named = model.named_parameters(remove_duplicate=False)  # a tie may be broken later
-        trainable = frozenset(n for n, p in named if p.requires_grad)
-        model.__dict__["_lowrank_ft"] = State(trainable)
+        model.__dict__["_lowrank_ft"] = State(_trainable(model))
     modules, existing, owners = sites.stock_modules(model), hosts(model), _owners(model)
     for path, part in parts.items():
         host = existing.get(path)
@@ -591,9 +718,14 @@ def replaced_state(model: nn.Module) -> dict[str, Tensor]:
 
 def keep_adapters_in_float32(model: nn.Module) -> None:
     """Ask transformers not to cast adapters down when it loads a model in half precision."""
-    adapted = [name for name, host in hosts(model).items() if isinstance(host, Adapted)]
+    adapted = [
+        f"{name}.parts.{adapter}."
+        for name, host in hosts(model).items()
+        for adapter, node in host.nodes.items()
+        if isinstance(host, Adapted) and getattr(node, "dtype", "auto") in ("auto", "float32")
+    ]
     if adapted and hasattr(model, "_keep_in_fp32_modules_strict"):
-        ours = {rf"{re.escape(name)}\.parts\." for name in adapted}
+        ours = {re.escape(name) for name in adapted}
         theirs: set[str] = set(cast(Any, model)._keep_in_fp32_modules_strict or ())
         cast(Any, model)._keep_in_fp32_modules_strict = theirs | ours
 
@@ -618,7 +750,7 @@ def _stages(
         raise ConfigError("The list of methods is empty.")
     stages = [_method_for(config) for config in given]
     order = [stage.family.value for stage in stages]
-    if order != sorted(order) or [s.family for s in stages].count(Family.ADAPTER) > 1:
+    if order != sorted(order) or sum(stage.trains for stage in stages) > 1:
         listing = ", ".join(f"{stage.name} ({stage.family.name.lower()})" for stage in stages)
         raise ConfigError(
             f"These methods cannot be applied in one go: {listing}. The order is compress, quantise, adapt; "
@@ -632,6 +764,18 @@ def _method_for(config: MethodConfig) -> Method[Any]:
         if type(config) is cls.Config:
             return cls(configs.parse(cls.Config, configs.to_dict(config), what=f"The method {cls.name!r}"))
     raise ConfigError(f"{config!r} is not the config of a registered method ({', '.join(registry.methods)}).")
+
+
+def _put(model: nn.Module, stage: Method[Any], where: Mapping[str, Any], name: str, source: Source) -> None:
+    """Apply one stage to the layers that are targeted."""
+    chosen = stage.sites(model, sites.select(model, where["targets"], where["exclude"], where["layers"]))
+    recipe = {
+        "method": stage.name,
+        "options": configs.to_dict(stage.config),
+        **{key: configs.plain(value) for key, value in where.items()},
+    }
+    change = _adapt if stage.family is Family.ADAPTER else _compress
+    change(model, stage, chosen, name, recipe, source)
 
 
 def _adapt(
@@ -659,13 +803,30 @@ def _adapt(
 
 
 def _compress(
-    model: nn.Module, method: Method[Any], chosen: list[sites.Site], recipe: dict[str, Any], source: Source
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[sites.Site],
+    name: str,
+    recipe: dict[str, Any],
+    source: Source,
 ) -> None:
     from lowrank_ft import pipeline
 
-    facts = pipeline.compress(model, method, chosen, source)
+    trainable, copies = _trainable(model), dict[str, Node]()
+    if isinstance(method.config, AdapterConfig):
+        targets = {name for site in chosen for name in site.names}
+        copies = _copies(model, method.config.modules_to_save, targets)
+    facts = pipeline.compress(model, method, chosen, source, name)
     model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, _FACTS: facts}]
+    if method.trains:  # its adapter is there already, but for the modules to train in full
+        model.__dict__["_lowrank_ft"] = State(trainable)
+        commit(model, name, copies, build(model, copies), recipe)
     _write_config(model)
+
+
+def _trainable(model: nn.Module) -> frozenset[str]:
+    named = model.named_parameters(remove_duplicate=False)  # a tie may be broken later
+    return frozenset(n for n, p in named if p.requires_grad)
 
 
 def _copies(model: nn.Module, patterns: Sequence[str], adapted: Collection[str]) -> dict[str, Node]:

@@ -24,20 +24,23 @@ from tqdm.auto import tqdm
 
 from lowrank_ft import config as configs
 from lowrank_ft import engine, layouts, linalg, ties
-from lowrank_ft.algorithms.base import Counts, Method, Need, Share
+from lowrank_ft.algorithms.base import Counts, Family, Method, Need, Share
 from lowrank_ft.calibration import batches as batching
 from lowrank_ft.calibration import collect, stream
 from lowrank_ft.calibration.batches import Batch, Loss, Source
 from lowrank_ft.calibration.statistics import SiteStatistics
-from lowrank_ft.calibration.store import Known, Store, write_whole
+from lowrank_ft.calibration.store import Known, Notes, Store, write_whole
 from lowrank_ft.checkpoint import base_model
 from lowrank_ft.errors import ConfigError, StateError
+from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.modules.lowrank import LowRank
+from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.modules.replacement import Container, Replacement
 from lowrank_ft.modules.resized import Resized
 from lowrank_ft.sites import Site, stock_modules
 
-_SCHEMA = 3  # of what the cache holds: a change there makes earlier caches unknown, not incomplete
+_SCHEMA = 4  # of what the cache holds: a change there makes earlier caches unknown, not incomplete
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Run:
         scratch: a directory that goes when the run ends.
         key: hash of the model and the data.
         loss: what to differentiate, the caller's own; None for the default.
+        name: of the adapter, where the method leaves one.
     """
 
     model: nn.Module
@@ -63,6 +67,7 @@ class Run:
     scratch: Path
     key: str
     loss: Loss | None
+    name: str
 
     @cached_property
     def chain(self) -> stream.Chain | None:
@@ -78,17 +83,19 @@ class Run:
 
 
 def compress(
-    model: nn.Module, method: Method[Any], chosen: list[Site], source: Source
+    model: nn.Module, method: Method[Any], chosen: list[Site], source: Source, name: str
 ) -> list[dict[str, Any]]:
     """Replace the layers of ``chosen`` by what ``method`` makes of them; return facts on each.
+
+    An adapter that it leaves on them goes by ``name``.
 
     Raises:
         ConfigError: data that is missing, or not looked at; a budget that cannot be met.
         NonFiniteError: activations that are not finite.
         StateError: the model carries adapters, or shares a weight that is to be replaced.
     """
-    _check_replaceable(model, chosen)
-    with _begun(model, method, chosen, source) as run:
+    _check_replaceable(model, chosen, method.family)
+    with _begun(model, method, chosen, source, name) as run:
         return _run(run)
 
 
@@ -119,14 +126,16 @@ def statistics(
 
 
 @contextmanager
-def _begun(model: nn.Module, method: Method[Any], chosen: list[Site], source: Source) -> Iterator[Run]:
+def _begun(
+    model: nn.Module, method: Method[Any], chosen: list[Site], source: Source, name: str = ""
+) -> Iterator[Run]:
     """Check what was given, and put the model and the disk into the state that a run needs."""
     for site in chosen:
         _check_loaded(site)
         method.check(site)
     settings = method.config.calibration
     needs = method.needs()
-    losing = {Need.OUTPUT_GRADIENT, Need.FISHER}
+    losing = {Need.OUTPUT_GRADIENT, Need.FISHER, Need.WEIGHTED_INPUT}
     for given, what, looks in (
         (source.data, "data", bool(needs)),
         (source.loss, "loss", bool(needs & losing)),
@@ -139,11 +148,11 @@ def _begun(model: nn.Module, method: Method[Any], chosen: list[Site], source: So
     was_training = model.training
     model.eval()
     try:
-        with tempfile.TemporaryDirectory() as name, torch.no_grad():
-            scratch = Path(name)
+        with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+            scratch = Path(directory)
             root = scratch if settings.cache is None else Path(settings.cache)
             key = _key(model, batches)
-            yield Run(model, method, chosen, batches, root, scratch, key, source.loss)
+            yield Run(model, method, chosen, batches, root, scratch, key, source.loss, name)
     finally:
         model.train(was_training)
 
@@ -154,8 +163,9 @@ def _check_loaded(site: Site) -> None:
             raise StateError(f"The weight of {name} is on the meta device: load the model's weights first.")
 
 
-def _check_replaceable(model: nn.Module, chosen: Sequence[Site]) -> None:
+def _check_replaceable(model: nn.Module, chosen: Sequence[Site], family: Family) -> None:
     """Raise ``StateError`` where the layers of these sites cannot be replaced."""
+    again = (Resized, Container, *((LowRank,) if family is Family.QUANTIZER else ()))
     if engine.hosts(model):
         raise StateError(
             f"The model carries the adapters {list(engine.adapter_names(model))}. Compressing would leave "
@@ -164,7 +174,7 @@ def _check_replaceable(model: nn.Module, chosen: Sequence[Site]) -> None:
     shared = ties.shared(engine.stock_tensors(model))
     for site in chosen:
         for name, module in zip(site.names, site.modules, strict=True):
-            if isinstance(module, Replacement) and not isinstance(module, (Resized, Container)):
+            if isinstance(module, Replacement) and not isinstance(module, again):
                 raise StateError(
                     f"{name} is compressed already: exclude it, or start from the original model."
                 )
@@ -206,11 +216,13 @@ def _statistics(run: Run) -> Known:
     # What a loss of the caller's computes cannot be told from its name, so nothing made with it is kept.
     root = run.root if run.loss is None else run.scratch
     tail = f"{run.key}-{batching.fingerprint(few)[:16]}"
-    fisher = Need.FISHER in needs
+    fisher, weighted = Need.FISHER in needs, Need.WEIGHTED_INPUT in needs
+    kind = "".join(("-fisher" if fisher else "", "-weighted" if weighted else ""))
     known = Known(
         Store(run.root / f"inputs-{run.key}"),
-        Store(root / f"{'fisher' if fisher else 'gradients'}-{tail}"),
+        Store(root / f"gradients{kind}-{tail}"),
         Store(run.root / f"probes-{tail}-{settings.probe_samples}"),
+        Notes(root / f"notes-{tail}"),
     )
 
     def missing(need: bool, store: Store) -> bool:
@@ -219,7 +231,7 @@ def _statistics(run: Run) -> Known:
     if missing(Need.INPUT in needs, known.inputs):
         collect.inputs(run.model, run.chain, run.modules, run.batches, known.inputs)
     if missing(fisher or Need.OUTPUT_GRADIENT in needs, known.gradients):
-        collect.gradients(run.model, run.chain, run.modules, few, known.gradients, run.loss, fisher)
+        collect.gradients(run.model, run.chain, run.modules, few, known.gradients, run.loss, fisher, weighted)
     if missing(Need.SENSITIVITY in needs, known.probes):
         probes = batching.take(few, settings.probe_samples)
         collect.sensitivities(run.model, run.chain, run.modules, probes, known.probes)
@@ -230,7 +242,9 @@ def _solve(
     run: Run, site: Site, share: Share, statistics: Mapping[str, Any], journal: Journal
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
     """Build and fill what stands at one site; from the journal where it was finished before."""
-    nodes = run.method.structure(site, share)
+    nodes = dict(run.method.structure(site, share))
+    for name, delta in run.method.deltas(site, share).items():
+        nodes[name] = AdaptedNode({run.name: delta}, nodes[name])
     modules = dict(zip(site.names, site.modules, strict=True))
     new = {name: node.build(modules[name], name) for name, node in nodes.items()}
     found: dict[str, Any] = {}
@@ -270,15 +284,23 @@ def _row(
         "layers": list(site.layers),
         "role": site.role,
         "rank": rank,
-        "parameters before": _size(site.layers.values()),
-        "parameters": _size(new.get(name, layer) for name, layer in site.layers.items()),
+        "parameters before": _size(list(site.layers.values())),
+        "parameters": _size([new.get(name, layer) for name, layer in site.layers.items()]),
+        "bytes before": _bytes(site.layers.values()),
+        "bytes": _bytes([new.get(name, layer) for name, layer in site.layers.items()]),
         "predicted": predicted,
         **facts,
     }
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+    return sum(p.numel() for module in modules for p in module.parameters()) + sum(
+        part.weights for module in modules for part in module.modules() if isinstance(part, Quantized)
+    )
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(t.numel() * t.element_size() for module in modules for t in module.state_dict().values())
 
 
 def _warn_of_few_tokens(run: Run, known: Known) -> None:
@@ -313,7 +335,7 @@ def _sequential(
     originals = {n: m for site in run.chosen for n, m in zip(site.names, site.modules, strict=True)}
     fresh = Store(journal.directory)
     # Inputs as they are now; the rest as the dense model had it.
-    known = Known(fresh, dense.gradients, dense.probes)
+    known = Known(fresh, dense.gradients, dense.probes, dense.notes)
 
     def after(names: Sequence[str]) -> bool:
         for number, (site, share) in enumerate(plan):
@@ -341,7 +363,8 @@ class Journal:
             "method": run.method.name,
             "options": options,
             "sites": [site.names for site in run.chosen],
-            "ranks": [[share.rank, dict(share.ranks)] for share in shares],
+            "ranks": [[share.rank, dict(share.ranks), configs.plain(share.scheme)] for share in shares],
+            "adapter": run.name,
         }
         self.directory = root / f"journal-{_digest(recipe)}"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -378,15 +401,22 @@ def _own(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 def count(model: nn.Module) -> Counts:
     """Count a model's parameters: all of them, and those in its blocks (all but embeddings and head).
 
-    Tied weights count once.
+    Tied weights count once, and quantised ones as many as they are.
     """
     total = {id(p): p.numel() for p in model.parameters()}
+    total.update({id(m): m.weights for m in model.modules() if isinstance(m, Quantized)})
     heads = layouts.head_names(model)
     outside: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or name in heads:
             outside |= {id(p) for p in module.parameters()}
-    return Counts(total=sum(total.values()), blocks=sum(n for key, n in total.items() if key not in outside))
+    held = {id(t): t for t in engine.stock_tensors(model).values()}.values()
+    return Counts(
+        total=sum(total.values()),
+        blocks=sum(n for key, n in total.items() if key not in outside),
+        tensors=len(held),
+        bytes=sum(t.numel() * t.element_size() for t in held),
+    )
 
 
 def _key(model: nn.Module, batches: Sequence[Batch]) -> str:

@@ -156,8 +156,10 @@ def _ranks(part: manifest.Node) -> str:
 
 
 def _sizes(node: manifest.Node) -> dict[str, Any]:
-    """The numbers in a node."""
-    return {f.name: v for f in fields(cast(Any, node)) if isinstance(v := getattr(node, f.name), int)}
+    """The numbers in a node, and how its weights are stored."""
+    values = {f.name: getattr(node, f.name) for f in fields(cast(Any, node))}
+    stored = {"scheme": values["scheme"].label} if "scheme" in values else {}
+    return {name: value for name, value in values.items() if isinstance(value, int)} | stored
 
 
 def stored_numbers(directory: Path, names: Iterable[str]) -> int:
@@ -308,6 +310,8 @@ def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]
     plots = []
     drawings = (
         ("Parameters that remain, by block", "block", "share", _draw_shares),
+        ("Bits a weight, factors left out, by block", "block", "bits", _draw_bits),
+        ("Squared weighted error after each turn, over that of the first", "turn", "error", _draw_turns),
         ("Relative error of outputs: on calibration text, and on held-out text", "calibration", "held-out",
          _draw_errors),
         ("Spectrum under the metric, one layer of each kind", "share of the rank", "share of the energy",
@@ -332,8 +336,24 @@ def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]
 
 
 def _draw_shares(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    blocks = [layouts.block_index(row["module"]) or 0 for row in rows]
-    axes.plot(blocks, [row["parameters"] / row["parameters before"] for row in rows], ".-", label=role)
+    known = [row for row in rows if "bits" not in row]  # stored in few bits, all of them remain
+    if known:
+        blocks = [layouts.block_index(row["module"]) or 0 for row in known]
+        axes.plot(blocks, [row["parameters"] / row["parameters before"] for row in known], ".-", label=role)
+
+
+def _draw_bits(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    known = [row for row in rows if "bits" in row]
+    if known:
+        blocks = [layouts.block_index(row["module"]) or 0 for row in known]
+        axes.plot(blocks, [row["bits"] for row in known], ".-", label=role)
+
+
+def _draw_turns(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    known = [row["errors"] for row in rows if len(row.get("errors", ())) > 1 and row["errors"][0] > 0]
+    if known:
+        curve = known[len(known) // 2]
+        axes.plot(range(1, len(curve) + 1), [error / curve[0] for error in curve], ".-", label=role)
 
 
 def _draw_errors(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, reporting, tasks
+from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, registry, reporting, tasks
+from lowrank_ft import config as configs
 from lowrank_ft.algorithms.base import AdapterConfig, MethodConfig
 from lowrank_ft.algorithms.lora import LoRA
 from lowrank_ft.checkpoint import verify
@@ -153,6 +155,8 @@ class FinetuneConfig:
     """What is learnt."""
     method: MethodConfig = field(default_factory=LoRA)
     """The adapter and its options."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """What to do to the base first, in order: `method` and its options (compress, quantise)."""
     targets: str | tuple[str, ...] = "all-linear"
     """Layers to adapt: "all-linear", names, name endings, globs, "re:…"."""
     exclude: tuple[str, ...] = ()
@@ -182,7 +186,8 @@ class FinetuneResult:
     """What the recipe measured.
 
     Attributes:
-        before: held-out loss of the base model.
+        before: held-out loss of the base model, as it is after ``stages``; of the start, where part of the
+            weights lies in the adapter.
         after: held-out loss with the trained adapter.
         kept: by name of a text in ``keep``, its loss in nats per token before and after.
         steps: optimiser steps.
@@ -256,7 +261,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         kept = {name: evaluation.window_loss(model.eval(), rows, name) for name, rows in keep.items()}
         return loss, kept
 
-    with engine.disable(model):
+    with nullcontext() if engine.carries(model) else engine.disable(model):
         before, kept_before = measure("before")
     trainer.train(resume_from_checkpoint=True if config.train.resume else None)
     # Trainer leaves its autocast around the forward; what is measured and compared now is the model's own.
@@ -340,6 +345,11 @@ def _checkpointing(known: set[str]) -> dict[str, Any]:
 
 def _prepare(config: FinetuneConfig) -> tuple[tasks.Prepared, dict[str, Tensor]]:
     """Load the data and the model, and wrap the model; return them, and windows of what is to be kept."""
+    if not engine.trains(config.method):
+        raise ConfigError(
+            f"{type(config.method).__name__} leaves nothing to train: name an adapter as the method, and "
+            f"what compresses or quantises in stages."
+        )
     models.check_path(config.model.path)
     if config.task != "causal-lm":
         if config.keep:
@@ -363,17 +373,33 @@ def _prepare(config: FinetuneConfig) -> tuple[tasks.Prepared, dict[str, Tensor]]
     }
     where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
     method = _with_head(config.method, found.model) if found.classes else config.method
-    looks = _calibration(config, found)
-    engine.wrap(found.model, method, name=config.adapter_name, **where, **looks)
+    chain = [*(parse_stage(dict(entry)) for entry in config.stages), method]
+    if config.calibration_data is not None and not any(engine.calibration_of(step) for step in chain):
+        raise ConfigError("The method looks at no data: leave out calibration_data.")
+    for step in chain:
+        looks = _calibration(step, config, found)
+        engine.wrap(found.model, step, name=config.adapter_name, **where, **looks)
     return found, keep
 
 
-def _calibration(config: FinetuneConfig, found: tasks.Prepared) -> dict[str, Any]:
+def parse_stage(options: dict[str, Any]) -> MethodConfig:
+    """Return the config of a stage from its entry in a recipe: ``method``, and its options.
+
+    Raises:
+        ConfigError: no method, or an option that it lacks.
+        RegistryError: no such method.
+    """
+    name = options.pop("method", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"A stage needs a method, but has {sorted(options)}.")
+    config: MethodConfig = configs.parse(registry.methods[name].Config, options, what=f"The stage {name!r}")
+    return config
+
+
+def _calibration(method: MethodConfig, config: FinetuneConfig, found: tasks.Prepared) -> dict[str, Any]:
     """Return what ``wrap`` needs for a method that looks at data: text of its own, or the training data."""
-    settings = engine.calibration_of(config.method)
+    settings = engine.calibration_of(method)
     if settings is None:
-        if config.calibration_data is not None:
-            raise ConfigError("The method looks at no data: leave out calibration_data.")
         return {}
     if config.calibration_data is not None:
         return {"data": data.read(config.calibration_data, None, "train"), "tokenizer": found.processor}

@@ -92,7 +92,8 @@ def stages(
             model(**batch, use_cache=False)
 
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        known = Known(*(Store(Path(scratch) / name) for name in ("inputs", "gradients", "probes")))
+        inputs, gradients, probes = (Store(Path(scratch) / n) for n in ("inputs", "gradients", "probes"))
+        known = Known(inputs, gradients, probes)
         timed("plain forward", plain)
         timed("statistics pass", lambda: collect.inputs(model, chain, layers, batches, known.inputs))
         timed(

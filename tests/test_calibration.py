@@ -45,7 +45,8 @@ def gather(name: str, model: nn.Module, chain: Any, path: Path, targets: Any = "
     modules = {site.names[0]: site.modules[0] for site in chosen}
     known = Known(*(Store(path / kind) for kind in ("inputs", "gradients", "probes")))
     collect.inputs(model, chain, modules, data_for(name), known.inputs)
-    collect.gradients(model, chain, modules, data_for(name), known.gradients, None, fisher=True)
+    batches = data_for(name)
+    collect.gradients(model, chain, modules, batches, known.gradients, None, fisher=True, weighted=True)
     return known
 
 
@@ -69,8 +70,11 @@ def test_streaming_equals_hooks_on_the_whole_model(name: str, tmp_path: Path) ->
             G = g.T @ g / len(g)
             if found.pulled is not None:
                 torch.testing.assert_close(found.pulled, weight.T @ G @ weight)
+                torch.testing.assert_close(found.G_diagonal, G.diagonal())
             else:
                 torch.testing.assert_close(found.G, G)
+            norms = g.square().sum(1, keepdim=True)
+            torch.testing.assert_close(found.C_weighted, x.T @ (x * norms) / norms.sum())
 
 
 def test_fisher_means_are_those_of_one_gradient_a_sequence(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import lowrank_ft
 from lowrank_ft import engine
+from lowrank_ft.modules.quantized import Quantized
 from tests.contract.cases import Case
 from tests.tiny import TINY, logits, perturb
 
@@ -154,3 +155,44 @@ def test_convolutions_are_compressed_where_they_are(objective: str, tmp_path: Pa
     lowrank_ft.save(model, tmp_path / "model")
     reloaded = type(model).from_pretrained(tmp_path / "model").cuda().eval()
     assert torch.equal(logits(reloaded, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 2, "codebook": "signed"}, {"bits": 3}, {"bits": 3, "rounding": "feedback"}, {"bits": 8},
+        {"budget": 4.2}, {"library": "bitsandbytes"},
+        {"library": "bitsandbytes", "codebook": "fp4", "scale_bits": 32},
+        {"library": "bitsandbytes", "codebook": "int8", "bits": 8},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_quantised_weights_are_read_as_on_the_cpu(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Packed on one device and read on the other: the same codes, and values that differ by a rounding."""
+    case = Case("nf", "llama", options=options)
+    there = case.wrap(case.tiny.model(dtype).cuda())
+    here = case.wrap(case.tiny.model(dtype))
+    for a, b in zip(here.modules(), there.modules(), strict=True):
+        if isinstance(a, Quantized):
+            assert a.matrix(torch.float32).sub(b.matrix(torch.float32).cpu()).abs().max() < 1e-2
+            moved = {name: tensor.cuda() for name, tensor in a.packed.items()}
+            rows = a.storage.unpack(moved, a.in_features, 0, a.out_features, torch.float32)
+            torch.testing.assert_close(rows.cpu(), a.matrix(torch.float32), rtol=1e-6, atol=1e-7)
+    batch = {k: v.cuda() for k, v in case.tiny.inputs(dtype).items()}
+    lowrank_ft.wrap(there, "lora", rank=2)
+    there.train()(**batch).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in there.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("objective", ["weight", "fisher", "activation", "loss"])
+def test_lq_lora_on_the_gpu(objective: str, tmp_path: Path) -> None:
+    case = Case("lq_lora", "llama", options={"rank": 2, "bits": 3, "objective": objective})
+    data = [{k: v.cuda() for k, v in batch.items()} for batch in case.data()]
+    looks = {"data": data} if case.looks else {}
+    model, batch = case.tiny.model().cuda(), {k: v.cuda() for k, v in case.tiny.inputs().items()}
+    lowrank_ft.wrap(model, "lq_lora", **case.options, **looks)
+    before = logits(model, batch)
+    lowrank_ft.save(model, tmp_path / "m")
+    reloaded = type(model).from_pretrained(tmp_path / "m").cuda()
+    assert torch.equal(logits(reloaded, batch), before)

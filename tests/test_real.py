@@ -192,3 +192,60 @@ def test_corda_starts_at_the_identity_reloads_and_goes_to_peft(
     torch.testing.assert_close(logits(theirs, ids), ours, rtol=0, atol=1e-5)
     lowrank_ft.unload(model)
     assert torch.equal(logits(model, ids), before)
+
+
+def files(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "asked", "layers"),
+    [("disk", 411.0, range(0, 30, 3)), ("memory", 474.0, range(0, 30, 6)), ("bits", 3.3, range(0, 30, 6))],
+    ids=["disk", "memory", "bits"],
+)
+def test_a_budget_is_met_and_never_exceeded(
+    unit: str, asked: float, layers: Any, ids: Tensor, tmp_path: Path
+) -> None:
+    """Within half a percent under what was asked; a fresh process computes the same bits."""
+    model = base()
+    lowrank_ft.wrap(model, "nf", codebook="signed", budget=asked, budget_of=unit, layers=layers)
+    lowrank_ft.save(model, tmp_path / "model")
+    rows = engine.stages_of(model)[0]["layers changed"]
+    weights = sum(row["parameters before"] for row in rows)
+    taken = {
+        "disk": files(tmp_path / "model") / 1e6,
+        "memory": count(model).bytes / 1e6,
+        "bits": sum(row["bits"] * row["parameters before"] for row in rows) / weights,
+    }[unit]
+    assert 0.995 * asked <= taken <= asked
+    assert verify.reload_difference(model, None, tmp_path / "model", {"input_ids": ids}) == 0.0
+
+
+def test_lq_lora_splits_saves_reloads_trains_and_merges(ids: Tensor, tmp_path: Path) -> None:
+    """Three blocks of the real model in three bits: closer than rounding, and trainable."""
+    batches = [{"input_ids": ids.repeat(1, 10)[:, i : i + 160]} for i in range(10)]
+    where = {"layers": (0, 14, 29), "data": batches, "calibration": {"gradient_samples": 2}}
+    dense = logits(base(), ids)
+    rounded = lowrank_ft.wrap(base(), "nf", bits=3, layers=(0, 14, 29))
+    model = lowrank_ft.wrap(base(), "lq_lora", rank=8, bits=3, **where)
+    assert (logits(model, ids) - dense).norm() < 0.7 * (logits(rounded, ids) - dense).norm()
+
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, lr=1e-3), []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    lowrank_ft.cast_adapters(model, "bfloat16")
+    before = logits(model, ids)
+    lowrank_ft.save(model, tmp_path / "model")
+    assert verify.reload_difference(model, None, tmp_path / "model", {"input_ids": ids}) == 0.0
+    assert max(lowrank_ft.merge_drift(model).values()) < 1e-6
+    lowrank_ft.merge(model)
+    # Weights are summed once instead of outputs at every token: float32 rounding, logits up to 40.
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-3)

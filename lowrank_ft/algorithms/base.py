@@ -16,7 +16,9 @@ from lowrank_ft.calibration.batches import Calibration
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.manifest import Node
+from lowrank_ft.modules.delta import DeltaNode
 from lowrank_ft.modules.layer import find_layer
+from lowrank_ft.quant.scheme import Scheme
 from lowrank_ft.sites import Site, check_patterns, lookup
 
 
@@ -117,6 +119,7 @@ class Need(enum.Enum):
 
     INPUT = "second moment and mean of each layer's input"
     OUTPUT_GRADIENT = "second moment of the gradient at each layer's output"
+    WEIGHTED_INPUT = "second moment of each layer's input, tokens counted by the gradient at its output"
     FISHER = "row and column means of the squared gradient of each layer's weight"
     SENSITIVITY = "divergence of the model's output per squared error at each layer's, without gradients"
 
@@ -128,10 +131,14 @@ class Counts:
     Attributes:
         total: all of them.
         blocks: all but embeddings and head.
+        tensors: how many parameters and buffers there are.
+        bytes: what they take.
     """
 
     total: int
     blocks: int
+    tensors: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,11 +150,13 @@ class Share:
         predicted: predicted rise of the model's loss, where the method predicts one.
         ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
             divides over the widths of a group that has several.
+        scheme: how the site's weights are stored, where they are quantised.
     """
 
     rank: int | None = None
     predicted: float | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
+    scheme: Scheme | None = None
 
 
 Statistics = Mapping[str, SiteStatistics]
@@ -160,11 +169,19 @@ class Method(ABC, Generic[ConfigT]):
         name: how users call it.
         family: when it may be applied.
         Config: its options.
+        trains: whether it leaves an adapter: all of that family do.
     """
 
     name: ClassVar[str]
     family: ClassVar[Family]
     Config: ClassVar[type[MethodConfig]]
+    trains: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """An adapter trains."""
+        super().__init_subclass__(**kwargs)
+        if getattr(cls, "family", None) is Family.ADAPTER:
+            cls.trains = True
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -220,6 +237,13 @@ class Method(ABC, Generic[ConfigT]):
     @abstractmethod
     def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
         """Return what is to stand at each name of the site. Pure: reads geometry, never values."""
+
+    def deltas(self, site: Site, share: Share) -> Mapping[str, DeltaNode]:
+        """Return adapters that are to stand on what :meth:`structure` leaves; none by default.
+
+        For a method that makes both at once. The engine puts them together under the adapter's name.
+        """
+        return {}
 
     def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any] | None:
         """Fill the modules that :meth:`structure` led to; the site still has its old ones.

@@ -38,6 +38,7 @@ from lowrank_ft.registry import register_method, register_node
 from lowrank_ft.sites import Site, check_patterns, lookup
 
 Scaling = Literal["standard", "rslora"]
+FactorType = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
 
@@ -135,6 +136,8 @@ class LoRANode(ScaledNode):
     kind: ClassVar[str] = "lora"
     dora: bool = False
     anchored: bool = False  # the delta is measured from a frozen start, B₀ A₀
+    carries: bool = False  # part of the layer's weight lies in it: the layer is not whole without
+    dtype: FactorType = "auto"  # of the factors; "auto" is the layer's, but never half precision
 
     def delta(self, layer: Layer) -> Delta:
         """Return the LoRA for ``layer``."""
@@ -158,8 +161,10 @@ class LoRADelta(Delta):
             self.register_buffer("B0", self.new_tensor(*shape_B))
         if node.dora:
             self.magnitude = self.new_parameter(layer.out_features)
+        if node.dtype != "auto":
+            self.to(getattr(torch, node.dtype))
         self.dropout = node.dropout
-        self.rescales = node.dora
+        self.rescales, self.carries = node.dora, node.carries
 
     @torch.no_grad()
     def start_from(self, B: Tensor, A: Tensor) -> None:

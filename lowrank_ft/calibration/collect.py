@@ -198,6 +198,7 @@ def gradients(
     store: Store,
     loss: Loss | None,
     fisher: bool = False,
+    weighted: bool = False,
 ) -> None:
     """Put the second moment of the gradient at every layer's output into the store.
 
@@ -213,6 +214,7 @@ def gradients(
         loss: gives the loss, summed over its tokens, from the model, a batch and the model's output; by
             default :func:`summed_loss`.
         fisher: gather row and column means of the squared gradients of the weights as well.
+        weighted: gather the inputs' second moments as well, tokens counted by their squared gradient.
 
     Raises:
         ConfigError: a loss that cannot be differentiated.
@@ -222,7 +224,7 @@ def gradients(
         return
     progress = _progress(count_tokens(batches), "Differentiating")
     parts = {name: layouts.fused_parts(model, name, module) for name, module in modules.items()}
-    collecting = partial(_Collector, modules, parts=parts, fisher=fisher)
+    collecting = partial(_Collector, modules, parts=parts, fisher=fisher, weighted=weighted)
     with _differentiable(model):
         if chain is None:
             collector = collecting(list(modules))
@@ -290,12 +292,20 @@ class _Collector:
         names: Sequence[str],
         parts: Mapping[str, tuple[int, ...]],
         fisher: bool,
+        weighted: bool,
     ) -> None:
         self.layers = {name: layer_of(modules[name]) for name in names}
         self.parts = {name: parts[name] for name in names if parts[name]}
         self.heads = {name: (Moments(q), Moments(k)) for name, (q, k, _) in self.parts.items()}
         self.fisher = fisher
+        self.weighted = {
+            name: Moments(layer.in_features)
+            for name, layer in self.layers.items()
+            if weighted and layer.kind in ("linear", "transposed-linear")
+        }
+        self.weights = dict.fromkeys(self.weighted, 0.0)
         self.squares: dict[str, tuple[Tensor, Tensor]] = {}
+        self.diagonals: dict[str, Tensor] = {}
         self.moments = {
             name: Moments(min(layer.out_features, layer.in_features)) for name, layer in self.layers.items()
         }
@@ -333,15 +343,29 @@ class _Collector:
                 if self.fisher and layer.kind != "embedding":
                     self._square(name, x, gradient)
                 rows = rows_of(layer, layer.output_rows(gradient), self.mask)
+                if name in self.weighted:
+                    self._weigh(name, rows_of(layer, layer.rows(x), self.mask), rows)
                 if name in self.parts:  # queries and keys apart: of a tall layer G is not kept
                     for moments, part in zip(
                         self.heads[name], torch.split(rows, list(self.parts[name]), -1), strict=False
                     ):
                         moments.add(part)
                 if layer.out_features > layer.in_features:
+                    self._add_diagonal(name, rows)
                     rows = rows @ layer.matrix()
                 self.moments[name].add(rows)
         return value.new_zeros(()) if leaf is None or found[0] is None else found[0].detach()
+
+    def _add_diagonal(self, name: str, rows: Tensor) -> None:
+        """Add the squares of the gradient at each output of a tall layer, whose G is not kept."""
+        added = rows.square().sum(0, dtype=torch.float64)
+        self.diagonals[name] = self.diagonals[name] + added if name in self.diagonals else added
+
+    def _weigh(self, name: str, rows: Tensor, gradient: Tensor) -> None:
+        """Add the input's second moment, each token counted by its squared gradient."""
+        norms = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm(dim=1, keepdim=True)
+        self.weighted[name].add(rows * norms)
+        self.weights[name] += float(norms.square().sum(dtype=torch.float64))
 
     def _square(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add the squared gradient of the weight, one for each sequence."""
@@ -371,8 +395,14 @@ class _Collector:
                 )
             what = "pulled" if layer.out_features > layer.in_features else "G"
             tensors[f"{name}|{what}"] = running.second(name).cpu()
+            if name in self.diagonals:
+                tensors[f"{name}|G_diagonal"] = self.diagonals[name].cpu() / running.tokens
             for part, moments in zip("qk", self.heads.get(name, ()), strict=False):
                 tensors[f"{name}|G_{part}"] = moments.second(name).cpu()
+        for name, running in self.weighted.items():
+            if name in missing:  # as a mean over tokens that count by their weights
+                mean = running.tokens / max(self.weights[name], 1e-300)
+                tensors[f"{name}|C_weighted"] = running.second(name).cpu() * mean
         for name, (rows, columns) in self.squares.items():
             if name not in missing:
                 continue

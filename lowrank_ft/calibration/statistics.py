@@ -28,6 +28,10 @@ class SiteStatistics:
             over its tokens; ``(out, out)`` float64. None where it was not asked for, or where ``pulled`` is.
         pulled: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs: all that a decomposition
             needs of G there, and never larger than the model is wide.
+        G_diagonal: diagonal of G, ``(out,)``, where only ``pulled`` is kept of it.
+        C_weighted: ``Σ ‖g‖² x xᵀ / Σ ‖g‖²`` over tokens, ``(in, in)``: beside G the better factor of the
+            Fisher matrix, since tokens that the loss does not depend on (attention sinks, whose activations
+            are huge) count for nothing.
         G_q: block of G that belongs to the queries, for a layer that gives queries, keys and values at once.
         G_k: block of G that belongs to the keys.
         fisher_rows: mean over each row of ``F = Σ (∂ℓ/∂W)²``, one gradient a sequence, ``(out,)`` float64.
@@ -43,6 +47,8 @@ class SiteStatistics:
     mean: Tensor
     G: Tensor | None = None
     pulled: Tensor | None = None
+    G_diagonal: Tensor | None = None
+    C_weighted: Tensor | None = None
     G_q: Tensor | None = None
     G_k: Tensor | None = None
     fisher_rows: Tensor | None = None

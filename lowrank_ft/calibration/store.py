@@ -88,6 +88,29 @@ class Store:
             ) from error
 
 
+class Notes:
+    """What a method worked out from statistics and may want again: JSON by key.
+
+    Attributes:
+        directory: where it is kept.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def read(self, key: str) -> Any:
+        """Return what was written under a key; None where nothing was."""
+        path = self.directory / f"{key}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write(self, key: str, content: Any) -> None:
+        """Write JSON data under a key: all of it or nothing."""
+        partial = self.directory / f"{key}.partial"
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(self.directory / f"{key}.json")
+
+
 class Known(Mapping[str, SiteStatistics]):
     """What is known of each layer, read from disk when asked for.
 
@@ -95,10 +118,11 @@ class Known(Mapping[str, SiteStatistics]):
         inputs: moments of the layers' inputs.
         gradients: second moments of the gradients at their outputs.
         probes: sensitivities.
+        notes: what was worked out from them, where that is kept.
     """
 
-    def __init__(self, inputs: Store, gradients: Store, probes: Store) -> None:
-        self.inputs, self.gradients, self.probes = inputs, gradients, probes
+    def __init__(self, inputs: Store, gradients: Store, probes: Store, notes: Notes | None = None) -> None:
+        self.inputs, self.gradients, self.probes, self.notes = inputs, gradients, probes, notes
 
     def __getitem__(self, name: str) -> SiteStatistics:
         found = self.inputs.read(name)

@@ -108,31 +108,22 @@ class Adapted(Host):
             return self.layer.clone_with(total.to(weight.dtype))
 
     def _fused(self, x: Tensor, deltas: tuple[Delta, ...]) -> Tensor | None:
-        """Run everything in one kernel where the layer is a stock dense one and every update is low-rank."""
-        layer, weight, bias = self.layer, self.layer.weight, self.layer.bias
-        if layer.kind not in ("linear", "transposed-linear") or not layer.is_stock:
+        """Run everything in one kernel where the layer is a plain frozen one and every update is low-rank."""
+        found, bias = self.layer.frozen(), self.layer.bias
+        if found is None:
             return None
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return None
+        frozen, weight = found
         if len(deltas) > 1 and any(delta.drops for delta in deltas):
             return None  # each adapter drops its own input
         forms = [delta.as_lora() for delta in deltas]
-        dtype = _compute_dtype(x, weight)
+        dtype = _compute_dtype(x, self.layer.weight)
         if dtype is None or any(form is None for form in forms):
             return None
         A, B, scale = _summed(cast("list[LowRankForm]", forms))
         x = x.to(dtype)
         dropped = deltas[0].drop(x) if deltas[0].drops else None
-        return low_rank_linear(
-            x,
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-            A,
-            B,
-            scale,
-            transposed=layer.kind == "transposed-linear",
-            dropped=dropped,
-        )
+        bias = None if bias is None else bias.to(dtype)
+        return low_rank_linear(x, weight, bias, A, B, scale, frozen=frozen, dropped=dropped)
 
     def _joined(self, x: Tensor, deltas: tuple[Delta, ...]) -> Tensor | None:
         """Run the layer once, with the updates added to its weight, where that is less work and as exact.

@@ -56,10 +56,12 @@ class Delta(nn.Module):
         layer: the adapted layer, for its geometry; the delta does not own it.
         dropout: probability of dropping an element of the delta's input in training.
         rescales: whether :meth:`gain` is ever not None.
+        carries: whether part of the layer's weight lies in this delta, so that it cannot be left out.
     """
 
     dropout: float = 0.0
     rescales: bool = False
+    carries: bool = False
 
     def __init__(self, node: DeltaNode, layer: Layer) -> None:
         super().__init__()
@@ -85,11 +87,12 @@ class Delta(nn.Module):
         return isinstance(self.layer, ConvLayer) and self.layer.groups > 1
 
     def weight(self) -> Tensor:
-        """Return ``ΔW``, ``out × in``."""
+        """Return ``ΔW``, ``out × in``, summed in at least float32, also of factors kept in half precision."""
         form = self.as_lora()
         if form is None:
             raise TypeError(f"{type(self).__name__} must override as_lora() or weight().")
-        return (form.B @ form.A) * form.scale
+        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in form[:2])
+        return (B @ A) * form.scale
 
     def as_lora(self) -> LowRankForm | None:
         """Return the exact low-rank form of the update, differentiable, or None where it has none."""

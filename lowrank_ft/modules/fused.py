@@ -8,7 +8,8 @@
 * nothing is computed for W, and nothing for x where x needs no gradient;
 * an input that was itself computed as a product of two tensors that autograd already keeps (the SwiGLU
   ``act(gate) · up`` in front of every down projection) is not kept at all but multiplied again in backward,
-  which costs one elementwise product and gives the same bits.
+  which costs one elementwise product and gives the same bits;
+* a weight that is stored in few bits is read when it multiplies, forward and backward, and never kept dense.
 
 Products are summed in another order than in separate operations, so logits differ from them in the last
 bits. The start is still the identity to the bit: with B = 0, what is accumulated is zero.
@@ -16,7 +17,8 @@ bits. The start is still the identity to the bit: with B = 0, what is accumulate
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +27,66 @@ from torch import Tensor
 Product = tuple[Tensor, Tensor]
 
 
+class Frozen(Protocol):
+    """How a frozen weight multiplies. The tensors it takes come beside it, so that autograd keeps them."""
+
+    def multiply(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        """Return ``x Wᵀ + b``, ``(…, out)``."""
+
+    def pull(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return ``g W`` of a gradient ``(n, out)``."""
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A stock weight, by the very operations its own layer uses, so that its bits are the same.
+
+    Attributes:
+        transposed: it is stored ``(in, out)``, as GPT-2 stores it.
+    """
+
+    transposed: bool = False
+
+    def multiply(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        """Return ``x Wᵀ + b``."""
+        (weight,) = tensors
+        weight = weight.to(x.dtype)
+        if not self.transposed:
+            return F.linear(x, weight, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return out.view(*x.shape[:-1], -1)
+
+    def pull(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return ``g W``."""
+        weight = tensors[0].to(grad.dtype)
+        return grad @ (weight.T if self.transposed else weight)
+
+
+DENSE = DenseWeight()
+
+
 def low_rank_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, ...],
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
     scale: float = 1.0,
     *,
-    transposed: bool = False,
+    frozen: Frozen = DENSE,
     dropped: Tensor | None = None,
 ) -> Tensor:
     """Return ``x Wᵀ + b + scale · (x Aᵀ) Bᵀ``.
 
     Args:
         x: ``(…, in)``.
-        weight: ``(out, in)``, or ``(in, out)`` where ``transposed``. Frozen: it gets no gradient.
+        weight: ``(out, in)``, or the tensors that ``frozen`` takes. They get no gradient.
         bias: ``(out,)`` or None. Frozen.
         A: ``(rank, in)``, of any float dtype; computed with in that of ``x``.
         B: ``(out, rank)``, likewise.
         scale: factor on the update.
-        transposed: the weight is stored as GPT-2 stores it.
+        frozen: how the weight multiplies.
         dropped: ``x`` after dropout, which the update then sees in place of ``x``.
 
     Returns:
@@ -53,8 +94,43 @@ def low_rank_linear(
     """
     source = x if dropped is None else dropped
     product = _kept_product(source) if A.requires_grad and torch.is_grad_enabled() else None
-    args = (x, dropped, weight, bias, A, B, scale, transposed, product)
+    tensors = (weight,) if isinstance(weight, Tensor) else weight
+    args = (x, dropped, bias, A, B, scale, frozen, product, *tensors)
     return cast(Tensor, _LowRankLinear.apply(*args))  # type: ignore[no-untyped-call]
+
+
+def frozen_linear(x: Tensor, frozen: Frozen, weight: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    """Return ``x Wᵀ + b`` of a weight that is not kept dense: it is read again in backward.
+
+    Args:
+        x: ``(…, in)``.
+        frozen: how the weight multiplies.
+        weight: the tensors that it takes. They get no gradient.
+        bias: ``(out,)`` or None; it may train.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if bias is None else bias.to(x.dtype)
+    return cast(Tensor, _FrozenLinear.apply(x, bias, frozen, *weight))  # type: ignore[no-untyped-call]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, frozen: Frozen, *weight: Tensor) -> Tensor:
+        ctx.save_for_backward(*weight)
+        ctx.frozen = frozen
+        return frozen.multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, flat = ctx.saved_tensors, grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = ctx.frozen.pull(flat, weight).view(*grad.shape[:-1], -1)
+            if ctx.needs_input_grad[1]:
+                grad_bias = flat.sum(0)
+        return grad_x, grad_bias, None, *(None for _ in weight)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -63,23 +139,24 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
         scale: float,
-        transposed: bool,
+        frozen: Frozen,
         product: Product | None,
+        *weight: Tensor,
     ) -> Tensor:
         source = x if dropped is None else dropped
         hidden = source.reshape(-1, source.shape[-1]) @ A.to(x.dtype).T  # first: x is still in the cache
-        out = _dense(x, weight, bias, transposed)
+        out = frozen.multiply(x, weight, bias)
         out.view(-1, out.shape[-1]).addmm_(hidden, B.to(x.dtype).T, alpha=scale)
 
-        keep = ctx.needs_input_grad[4]  # A's gradient is all that the input is kept for
+        keep = ctx.needs_input_grad[3]  # A's gradient is all that the input is kept for
         kept = product if product is not None else (source,)
-        ctx.save_for_backward(weight, A, B, hidden, *(kept if keep else ()))
-        ctx.scale, ctx.transposed, ctx.has_dropped = scale, transposed, dropped is not None
+        ctx.save_for_backward(A, B, hidden, *weight, *(kept if keep else ()))
+        ctx.scale, ctx.frozen, ctx.has_dropped = scale, frozen, dropped is not None
+        ctx.weights = len(weight)
         return out
 
     @staticmethod
@@ -94,8 +171,9 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """One gradient for each argument of ``forward``."""
-    weight, A, B, hidden, *kept = ctx.saved_tensors
-    need_x, need_dropped, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+    A, B, hidden, *rest = ctx.saved_tensors
+    weight, kept = tuple(rest[: ctx.weights]), rest[ctx.weights :]
+    need_x, need_dropped, _, need_A, need_B, *_ = ctx.needs_input_grad
     grad_x = grad_dropped = grad_A = grad_B = None
     shape, flat = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
     # The thin products come first, while the gradient is in the cache; the wide one would evict it.
@@ -108,20 +186,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_dropped:
         grad_dropped = (grad_hidden @ A.to(grad.dtype)).view(*shape, -1)
     if need_x:
-        grad_x = flat @ (weight.T if ctx.transposed else weight)
+        grad_x = ctx.frozen.pull(flat, weight)
         if not ctx.has_dropped:
             grad_x.addmm_(grad_hidden, A.to(grad.dtype))
         grad_x = grad_x.view(*shape, -1)
-    return grad_x, grad_dropped, None, None, grad_A, grad_B, None, None, None
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The frozen layer, by the very operations its own forward uses, so that its bits are the same."""
-    if not transposed:
-        return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    return out.view(*x.shape[:-1], -1)
+    return grad_x, grad_dropped, None, grad_A, grad_B, None, None, None, *(None for _ in weight)
 
 
 def _kept_product(x: Tensor) -> Product | None:

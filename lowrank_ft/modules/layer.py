@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
+from lowrank_ft.modules.fused import DENSE, DenseWeight, Frozen
 from lowrank_ft.modules.replacement import Replacement
 
 
@@ -89,6 +90,14 @@ class Layer(ABC):
             and not m._backward_pre_hooks
         )
 
+    def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]] | None:
+        """How the weight multiplies, and the tensors that takes; None where the module must be called.
+
+        Where a fused kernel may not read the weight: layers that are not linear, that do more than multiply,
+        or whose weight or bias trains.
+        """
+        return None
+
     def matrix(self) -> Tensor:
         """The weight as ``out × in`` (a view where the layout allows one)."""
         return self.to_matrix(self.weight)
@@ -155,6 +164,12 @@ class Layer(ABC):
     @abstractmethod
     def _has_stock_forward(self) -> bool: ...
 
+    @property
+    def _can_fuse(self) -> bool:
+        """Whether the layer is stock, and frozen."""
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return self.is_stock and not trains
+
     def _cast(self, tensor: Tensor, x: Tensor) -> Tensor:
         """Cast a parameter to the compute dtype, unless autocast is going to choose it."""
         return tensor if torch.is_autocast_enabled(x.device.type) else tensor.to(x.dtype)
@@ -184,6 +199,9 @@ class LinearLayer(Layer):
     def _has_stock_forward(self) -> bool:
         return type(self.module).forward is nn.Linear.forward
 
+    def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]] | None:
+        return (DENSE, (self.weight,)) if self._can_fuse else None
+
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight) if self._has_stock_forward else self._run_overridden(x, weight)
 
@@ -204,6 +222,9 @@ class TransposedLinearLayer(Layer):
     @property
     def _has_stock_forward(self) -> bool:
         return type(self.module) is _transformers_conv1d()
+
+    def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]] | None:
+        return (DenseWeight(transposed=True), (self.weight,)) if self._can_fuse else None
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.T

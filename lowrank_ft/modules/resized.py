@@ -83,7 +83,7 @@ class Resized(Replacement, nn.Linear):
         """Return a layer with the rows and columns of another one that knows them, and these values.
 
         Args:
-            like: has ``kind``, ``stock_shape``, ``rows`` and ``columns``.
+            like: has ``kind``, ``stock_shape``, ``rows``, ``columns`` and ``adds_bias``.
             matrix: ``(out, in)``.
             bias: ``(out,)`` or None.
         """
@@ -92,6 +92,8 @@ class Resized(Replacement, nn.Linear):
         module = Resized(node, shell)
         module.to_empty(device=matrix.device)
         module.fill(matrix, bias, like.rows, like.columns)
+        module.adds_bias = like.adds_bias
+        module.had_bias = bias is not None and not like.adds_bias
         return module
 
     def structure(self) -> ResizedNode:

@@ -57,6 +57,27 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "uncentered": {"centered": False},
         "sequential": {"calibration": {"sequential": True, "hidden_states": "disk"}},
     },
+    "nf": {
+        "two": {"bits": 2, "block": 16},
+        "three": {"bits": 3, "scale_bits": 32},
+        "eight": {"bits": 8, "scale_dtype": "bfloat16", "scale_block": 16},
+        "signed": {"codebook": "signed", "bits": 3, "block": 24, "scale_bits": 4},
+        "fitted": {"codebook": "fitted", "bits": 2},
+        "feedback": {"bits": 3, "rounding": "feedback"},
+        "budget": {"budget": 3.9, "solver": "lagrangian"},
+        "loss": {"budget": 4.2, "objective": "loss", "rounding": "feedback", "grid": "paper"},
+        "bnb-nf4": {"library": "bitsandbytes", "scale_bits": 32},
+        "bnb-double": {"library": "bitsandbytes", "block": 32},
+        "bnb-fp4": {"library": "bitsandbytes", "codebook": "fp4", "block": 128},
+        "bnb-int8": {"library": "bitsandbytes", "codebook": "int8", "bits": 8},
+    },
+    "lq_lora": {
+        "paper": {"mode": "paper", "codebook": "nf", "rounding": "nearest", "objective": "fisher"},
+        "no-data": {"mode": "paper", "codebook": "nf", "rounding": "nearest", "objective": "weight"},
+        "activation": {"objective": "activation", "bits": 2, "alpha": 3.0, "scaling": "rslora"},
+        "budget": {"budget": 7.0, "ranks": (1, 2, 4), "solver": "uniform"},
+        "bnb": {"library": "bitsandbytes", "codebook": "nf", "rounding": "nearest", "dropout": 0.3},
+    },
     "tucker": {
         "output": {"objective": "output"},
         "weight": {"objective": "weight"},
@@ -90,8 +111,12 @@ class Case:
     def compresses(self) -> bool:
         return methods[self.method].family is Family.COMPRESSOR
 
+    @property
+    def quantizes(self) -> bool:
+        return methods[self.method].family is Family.QUANTIZER
+
     def targets(self) -> Any:
-        if self.compresses:
+        if self.compresses or self.quantizes:
             return "all-conv" if self.method == "tucker" else "all-linear"
         if self.options.get("dropout"):  # token ids cannot be dropped
             return "all-conv" if self.model == "resnet" else "all-linear"
@@ -112,6 +137,8 @@ class Case:
     def looks(self) -> bool:
         """Whether the method asks for data with these options."""
         cls = methods[self.method]
+        if self.quantizes:
+            return bool(cls(cls.Config(**self.options)).needs())
         return bool(cls(cls.Config(**{k: v for k, v in self.options.items() if k == "objective"})).needs())
 
     def data(self, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
@@ -149,11 +176,12 @@ def cases_of(method: str) -> list[Case]:
 
 
 def models_for(method: str, models: Iterable[str]) -> list[str]:
-    """Compressors decompose linear layers, or convolutions: those that have enough of them."""
-    if methods[method].family is not Family.COMPRESSOR:
+    """Compressors and quantisers act on linear layers, or convolutions: those that have enough of them."""
+    if methods[method].family is Family.ADAPTER:
         return list(models)
     return [name for name in models if (name == "resnet") is (method == "tucker")]
 
 
 CASES = [case for method in methods for case in cases_of(method)]
 COMPRESSING = [case for case in CASES if case.compresses]
+QUANTIZING = [case for case in CASES if case.quantizes]

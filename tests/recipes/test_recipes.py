@@ -371,7 +371,7 @@ def test_unknown_commands_name_the_nearest() -> None:
 
 def test_every_config_in_the_repo_parses() -> None:
     for path in sorted((ROOT / "configs" / "recipes").glob("*.yaml")):
-        if "stages" in yaml.safe_load(path.read_text()):
+        if not isinstance(yaml.safe_load(path.read_text())["data"], dict):  # text alone: compress
             recipe = cli.parse(compression.CompressConfig, ["--config", str(path)], "compress")
             assert [compression.parse_stage(stage).name for stage in recipe.stages]
             continue

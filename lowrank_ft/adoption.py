@@ -1,0 +1,205 @@
+"""Take over a model that was loaded with bitsandbytes: the same codes and scales, in modules of this package.
+
+bitsandbytes' own layers are not safe on a CPU (see :mod:`lowrank_ft.quant.bnb`), and transformers treats a
+model that holds them apart when it saves, moves or trains it. Nothing is quantised again here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_ft import engine, sites
+from lowrank_ft.errors import StateError
+from lowrank_ft.manifest import replacements
+from lowrank_ft.modules.layer import stock_linear
+from lowrank_ft.modules.quantized import Quantized
+from lowrank_ft.quant import Scheme, storage_of
+from lowrank_ft.quant.bnb import NESTED_BLOCK
+
+_MARKS = (  # what transformers sets on a model that it loads with bitsandbytes
+    "hf_quantizer",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_quantized",
+    "quantization_method",
+)
+_CODEBOOKS: dict[str, Any] = {"nf4": "nf", "fp4": "fp4"}
+
+Taken = list[tuple[dict[str, Any], str, Any]]
+
+
+@contextmanager
+def adopted(model: nn.Module) -> Iterator[None]:
+    """Replace bitsandbytes' linear layers by :class:`Quantized` ones; where the block raises, put them back.
+
+    Codes and scales are shared with the layers that stood there, so no memory is taken twice. Inputs are not
+    quantised, as ``Linear8bitLt`` does. A model without such layers is left alone.
+
+    Args:
+        model: any module. Its transformers config then has this package's manifest.
+
+    Raises:
+        StateError: a layer that is not quantised, not loaded, or not as bitsandbytes packed it (its forward
+            in eval mode repacks weights on some processors).
+    """
+    theirs = {name: module for name, module in sites.stock_modules(model).items() if _is_quantised(module)}
+    if not theirs:
+        yield
+        return
+    ours = {name: _taken_over(module, name, _dtype(model, module)) for name, module in theirs.items()}
+    engine.replace(model, ours)
+    marks = _take_marks(model)
+    engine._write_config(model)
+    try:
+        yield
+    except BaseException:
+        if _stand_alone(model, ours):
+            engine.replace(model, theirs)
+            for where, name, value in marks:
+                where[name] = value
+        raise
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    bnb = sys.modules.get("bitsandbytes")  # where it was never imported, no layer is its own
+    return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def _stand_alone(model: nn.Module, ours: Mapping[str, nn.Module]) -> bool:
+    """Whether these modules stand where they were put, and nothing else does.
+
+    Of several stages an early one may have succeeded; its work stays, and with it what it stands on.
+    """
+    found = replacements(model)
+    return found.keys() == ours.keys() and all(found[name] is module for name, module in ours.items())
+
+
+def _take_marks(model: nn.Module) -> Taken:
+    """Remove what transformers wrote on the model and its configs; return it with its places and names."""
+    places: list[tuple[dict[str, Any], str]] = []
+    for module in model.modules():
+        places += [(module.__dict__, name) for name in _MARKS]
+        config = getattr(getattr(module, "config", None), "__dict__", {})
+        places += [(config, "quantization_config"), (config, "_is_quantized")]
+    taken: Taken = [(where, name, where.pop(name)) for where, name in places if name in where]
+    conversions = model.__dict__.get("_weight_conversions")
+    if conversions:  # save_pretrained would turn round what read bitsandbytes' files
+        taken.append((model.__dict__, "_weight_conversions", conversions))
+        model.__dict__["_weight_conversions"] = [c for c in conversions if not _is_quantisers(c)]
+    return taken
+
+
+def _is_quantisers(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+
+
+def _dtype(model: nn.Module, layer: nn.Module) -> torch.dtype:
+    """The dtype that the model computes in, which need not be the one that was quantised."""
+    if isinstance(layer.bias, Tensor):
+        return layer.bias.dtype
+    for module in model.modules():
+        for parameter in () if _is_quantised(module) else module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                return parameter.dtype
+    state = getattr(layer.weight, "quant_state", None)
+    return torch.float32 if state is None else state.dtype
+
+
+# One layer --------------------------------------------------------------------------------------------------
+
+
+def _taken_over(module: Any, name: str, dtype: torch.dtype) -> Quantized:
+    """Return a layer around the packed tensors of another."""
+    if module.weight.is_meta:
+        _refuse(name, "its weight is on the meta device", "Load the model's weights first.")
+    if isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit):
+        scheme, packed = _four_bit(module, name)
+    else:
+        scheme, packed = _eight_bit(module, name)
+    _check_sizes(module, name, scheme, packed)
+    layer = Quantized(scheme, _shell(module, dtype))
+    for key, tensor in {**packed, "weight": packed["codes"].new_empty(0, dtype=dtype)}.items():
+        setattr(layer, key, tensor)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(module.bias.requires_grad)
+    return layer.train(module.training)
+
+
+def _shell(module: Any, dtype: torch.dtype) -> nn.Module:
+    """Return the stock layer that was quantised, its weight on ``meta``."""
+    source = getattr(module, "source_cls", nn.Linear)  # transformers says what it replaced
+    kind = "linear" if issubclass(source, nn.Linear) else "transposed-linear"
+    matrix = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
+    return stock_linear(kind, matrix, module.bias)
+
+
+def _four_bit(module: Any, name: str) -> tuple[Scheme, dict[str, Tensor]]:
+    state = getattr(module.weight, "quant_state", None)
+    state = module.quant_state if state is None else state
+    if state is None:
+        _refuse(name, "it is not quantised yet", "Move the model to a device first.")
+    if "packing_format_for_cpu" in vars(state):
+        _refuse(name, "a forward in eval mode has repacked its weight", _RELOAD)
+    if tuple(state.shape) != (module.out_features, module.in_features):
+        shape = f"{module.out_features} × {module.in_features}"
+        _refuse(name, f"it is {shape}, but its weight was quantised as {tuple(state.shape)}", _QUANTISE)
+    scale_bits = 8 if state.nested else 32
+    block = state.blocksize
+    scheme = Scheme(_CODEBOOKS[state.quant_type], 4, block, scale_bits, library="bitsandbytes")
+    packed = {"codes": _codes(module, name, block), "scales": state.absmax}
+    if state.nested:
+        _check_nested(name, state.state2)
+        packed |= {"supers": state.state2.absmax, "offset": state.offset.reshape(1)}
+    return scheme, packed
+
+
+def _codes(module: Any, name: str, block: int) -> Tensor:
+    """Return the codes, two a byte, filled up to a whole number of blocks."""
+    weights = module.out_features * module.in_features
+    codes: Tensor = module.weight.detach().contiguous().view(torch.uint8).flatten()
+    if codes.numel() != -(-weights // 2):
+        _refuse(name, f"its {weights} weights take {codes.numel()} bytes", _RELOAD)
+    missing = -(-weights // block) * block // 2 - codes.numel()
+    return F.pad(codes, (0, missing)) if missing else codes
+
+
+def _check_nested(name: str, state: Any) -> None:
+    from bitsandbytes.functional import create_dynamic_map
+
+    code = create_dynamic_map().to(state.code.device)
+    is_known = state.blocksize == NESTED_BLOCK and state.dtype == torch.float32
+    if not is_known or not torch.allclose(state.code, code, rtol=1e-6, atol=0):  # made by another torch
+        _refuse(name, "its scales are not quantised by bitsandbytes' own dynamic map", _QUANTISE)
+
+
+def _eight_bit(module: Any, name: str) -> tuple[Scheme, dict[str, Tensor]]:
+    if module.state.has_fp16_weights:
+        _refuse(name, "it keeps its weight in 16 bits", "Load the model without quantisation.")
+    scales = module.weight.SCB  # a forward moves it into the state
+    scales = module.state.SCB if scales is None else scales
+    if scales is None:
+        _refuse(name, "it is not quantised yet", "Move the model to a device first.")
+    scheme = Scheme("int8", 8, library="bitsandbytes")
+    return scheme, {"codes": module.weight.detach(), "scales": scales}
+
+
+def _check_sizes(module: Any, name: str, scheme: Scheme, packed: Mapping[str, Tensor]) -> None:
+    for key, shape in storage_of(scheme).shapes(module.out_features, module.in_features).items():
+        given = packed[key]
+        if tuple(given.shape) != shape.size or given.dtype != shape.dtype:
+            _refuse(name, f"its {key} are {tuple(given.shape)} of {given.dtype}, not {shape.size}", _RELOAD)
+
+
+_RELOAD = "Load the model again, and wrap() it before it runs."
+_QUANTISE = "Quantise the original weights again."
+
+
+def _refuse(name: str, why: str, remedy: str) -> NoReturn:
+    raise StateError(f"bitsandbytes' layer {name} cannot be taken over: {why}. {remedy}")

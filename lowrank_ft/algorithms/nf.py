@@ -1,0 +1,346 @@
+"""NF: store weights in few bits, the base that QLoRA adapts.
+
+Dettmers et al. 2023, arXiv 2305.14314: blocks of a normal-float codebook, each with a scale, and the scales
+quantised again. Here in 2, 3, 4 and 8 bits, really packed, with other codebooks beside it, and with bits and
+block size of each matrix chosen by an integer program under one budget (Guo et al. 2024, arXiv 2311.12023,
+section 3.2) where one is given. Factors that a decomposition left are stored one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft import allocation
+from lowrank_ft import config as configs
+from lowrank_ft.algorithms.base import Counts, Family, Method, MethodConfig, Need, Share, Statistics
+from lowrank_ft.allocation import Option
+from lowrank_ft.calibration.batches import Calibration
+from lowrank_ft.calibration.statistics import SiteStatistics
+from lowrank_ft.calibration.store import Known
+from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.modules.lowrank import LowRank, LowRankNode
+from lowrank_ft.modules.quantized import Quantized, QuantizedNode
+from lowrank_ft.modules.resized import Resized
+from lowrank_ft.quant import Scheme, program
+from lowrank_ft.quant.metric import Metric, Weighing
+from lowrank_ft.quant.program import GridName
+from lowrank_ft.quant.rounding import Feedback
+from lowrank_ft.quant.scheme import CodebookName, Library, ScaleType
+from lowrank_ft.registry import register_method
+from lowrank_ft.sites import Site
+
+Rounding = Literal["nearest", "feedback"]
+BudgetUnit = Literal["bits", "memory", "disk"]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How weights are stored, and how a budget is spent on them."""
+
+    bits: int = 4
+    """Bits of a code, without a budget: 2, 3, 4 or 8."""
+    codebook: CodebookName = "nf"
+    """Levels: "nf" (normal float), "signed" (scaled by the signed largest entry; better), "fitted" (to each
+    matrix), "fp4", or "int8" (one scale a row)."""
+    block: int = 64
+    """Weights that share a scale."""
+    scale_bits: int = 8
+    """Bits of a scale: 2, 3, 4 or 8, its own scale shared; 32 for one float32 each."""
+    scale_block: int = 256
+    """Scales that share a scale."""
+    scale_dtype: ScaleType = "float32"
+    """Type of the scales' scales."""
+    library: Library = "torch"
+    """Who packs: "torch" (this package), or "bitsandbytes" (nf and fp4 in 4 bits, int8)."""
+    rounding: Rounding = "nearest"
+    """"nearest", or "feedback": make up for rounding errors in columns still to be rounded, on calibration
+    data (GPTQ)."""
+    objective: Weighing = "weight"
+    """What errors count by: "weight" (no data), "fisher" (row and column means of squared gradients),
+    "activation" (the layers' outputs on calibration data), or "loss" (those, by what they do to the loss)."""
+    budget: float | None = None
+    """What all weights may take: each matrix then gets its own bits and block. By default all have one."""
+    budget_of: BudgetUnit = "bits"
+    """Unit of the budget: "bits" for each targeted weight; or megabytes of the whole model, in "memory" or on
+    "disk". Scales and factors count."""
+    solver: Literal["program", "lagrangian", "uniform"] = "program"
+    """How the budget is spent: by an integer program (HiGHS), its Lagrangian relaxation, or evenly."""
+    grid: GridName = "compact"
+    """Schemes to choose from: "compact" (bits, blocks), or "paper" (scales' bits, blocks and types too)."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """The data that the method looks at."""
+
+    def __post_init__(self) -> None:
+        self.scheme  # noqa: B018 (checks itself)
+        if self.budget is not None and not self.budget > 0:
+            raise ConfigError(f"The budget must be positive, but is {self.budget}.")
+        if self.budget is not None and self.library != "torch":
+            raise ConfigError("A budget chooses among schemes that bitsandbytes lacks: use library='torch'.")
+        if self.rounding == "feedback" and self.library != "torch":
+            raise ConfigError("bitsandbytes rounds to nearest: use library='torch' for rounding='feedback'.")
+        if self.calibration.sequential:
+            raise ConfigError("calibration.sequential is for decompositions: leave it out.")
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of every matrix without a budget."""
+        return Scheme(
+            self.codebook,
+            self.bits,
+            self.block,
+            self.scale_bits,
+            self.scale_block,
+            self.scale_dtype,
+            self.library,
+        )
+
+    def needs(self) -> frozenset[Need]:
+        """Return the statistics that these options look at."""
+        by_objective = {
+            "weight": set(),
+            "fisher": {Need.INPUT, Need.FISHER},
+            "activation": {Need.INPUT},
+            "loss": {Need.INPUT, Need.OUTPUT_GRADIENT, Need.WEIGHTED_INPUT},
+        }
+        looks: set[Need] = by_objective[self.objective]
+        return frozenset(looks | ({Need.INPUT} if self.rounding == "feedback" else set()))
+
+
+@dataclass(frozen=True)
+class NF(QuantizeOptions, MethodConfig):
+    """NF: store linear layers in few bits, as they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective != "weight" and self.budget is None:
+            raise ConfigError(
+                f"objective={self.objective!r} says how a budget is spent: set budget, or leave it out."
+            )
+
+
+class QuantizerMethod(Method[Any]):
+    """What quantising methods share: their needs, their checks, and the program."""
+
+    family = Family.QUANTIZER
+    config: QuantizeOptions
+
+    def needs(self) -> frozenset[Need]:
+        """What the options look at."""
+        return self.config.needs()
+
+    def check(self, site: Site) -> None:
+        """Refuse what is not a linear layer of floats."""
+        (name,), (module,) = site.names, site.modules
+        layer = layer_of(module, name)
+        if isinstance(module, Quantized) or any(isinstance(m, Quantized) for m in module.modules()):
+            raise TargetError(f"{name} is quantised already: exclude it, or start from the original model.")
+        if layer.kind not in ("linear", "transposed-linear"):
+            raise TargetError(
+                f"{name} is a {type(layer.module).__name__}, which {self.name!r} cannot store in few bits: "
+                f"linear layers can be. Exclude it."
+            )
+
+    def ranks(self, site: Site) -> tuple[int, ...]:
+        """Return the ranks that a site's correction may have; none where it has no correction."""
+        return ()
+
+    def factor_bits(self, site: Site) -> int:
+        """Return the bits of each number in a site's correction."""
+        return 0
+
+    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+        """Spend the budget, or give every matrix the same scheme.
+
+        Raises:
+            ConfigError: a budget below the smallest schemes.
+        """
+        if self.config.budget is None:
+            ranks = [self.ranks(site) for site in sites]
+            return [Share(max(r) if r else None, scheme=self.config.scheme) for r in ranks]
+        options = self.table(sites, statistics)
+        budget = self._bytes(sites, counts)
+        solve = {
+            "program": allocation.solve,
+            "lagrangian": allocation.allocate,
+            "uniform": allocation.same_for_all,
+        }[self.config.solver]
+        chosen = solve(options, budget)
+        by_loss = self.config.objective == "loss"
+        found = [chosen[site.names[0]] for site in sites]
+        return [Share(o.rank, o.loss if by_loss else None, scheme=o.scheme) for o in found]
+
+    def table(self, sites: Sequence[Site], statistics: Statistics) -> dict[str, list[Option]]:
+        """Return what each site may become and at which cost, from the cache where one is kept."""
+        notes = statistics.notes if isinstance(statistics, Known) else None
+        key = self._key(sites)
+        table = None if notes is None else notes.read(key)
+        schemes = program.grid(self.config.scheme, self.config.grid)
+        if table is None:
+            found = program.over_sites(
+                lambda site: self.options_of(site, statistics.get(site.names[0]), schemes),
+                sites,
+                len(sites),
+                "Pricing",
+            )
+            table = [
+                [[o.rank, o.size, o.loss, configs.to_dict(o.scheme)] for o in options] for options in found
+            ]
+            if notes is not None:
+                notes.write(key, table)
+        return {
+            site.names[0]: [Option(r, size, loss, scheme=Scheme(**s)) for r, size, loss, s in rows]
+            for site, rows in zip(sites, table, strict=True)
+        }
+
+    def _key(self, sites: Sequence[Site]) -> str:
+        content = configs.to_dict(self.config)
+        for name in ("budget", "budget_of", "solver", "calibration"):
+            content.pop(name)
+        parts = json.dumps([self.name, content, [site.names for site in sites]], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def options_of(self, site: Site, known: SiteStatistics | None, schemes: Sequence[Scheme]) -> list[Option]:
+        """Return what a site may become, with its predicted cost."""
+        totals: dict[tuple[Scheme, int | None], Option] = {}
+        for module, its in leaves(site.modules[0], known):
+            matrix = program.Matrix(
+                layer_of(module).matrix().detach().float(),
+                Metric.of(its, self.config.objective, layer_of(module).weight.device),
+                self.ranks(site),
+                self.factor_bits(site),
+            )
+            for option in program.options_of(matrix, schemes):
+                assert option.scheme is not None
+                before = totals.get((option.scheme, option.rank), Option(option.rank, 0, 0.0))
+                totals[option.scheme, option.rank] = Option(
+                    option.rank, before.size + option.size, before.loss + option.loss, scheme=option.scheme
+                )
+        return list(totals.values())
+
+    def _bytes(self, sites: Sequence[Site], counts: Counts) -> int:
+        """The budget in bytes of the targeted weights and their factors."""
+        assert self.config.budget is not None
+        weights = [layer_of(m) for site in sites for m, _ in leaves(site.modules[0], None)]
+        numbers = sum(layer.out_features * layer.in_features for layer in weights)
+        if self.config.budget_of == "bits":
+            return int(self.config.budget * numbers / 8)
+        dense = sum(layer.out_features * layer.in_features * layer.weight.element_size() for layer in weights)
+        rest = counts.bytes - dense
+        if self.config.budget_of == "disk":
+            rest += _headers(sites, counts)
+        left = int(self.config.budget * 1e6) - rest
+        if left <= 0:
+            raise ConfigError(
+                f"The budget of {self.config.budget} MB is below {rest / 1e6:.1f} MB, what the model takes "
+                f"beside the targeted weights: raise it, or target more layers."
+            )
+        return left
+
+    def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
+        """Return the stored layer, or the stored factors."""
+        assert share.scheme is not None
+        module = site.modules[0]
+        if isinstance(module, LowRank):
+            first, second = (_stored(m, share.scheme) for m in (module.first, module.second))
+            return {site.names[0]: LowRankNode(module.rank, module.bias is not None, first, second)}
+        return {site.names[0]: _stored(module, share.scheme)}
+
+    def feedback(self, known: SiteStatistics | None, device: torch.device) -> Feedback | None:
+        """Return what makes up for rounding errors, where the options ask for it."""
+        if self.config.rounding == "nearest":
+            return None
+        assert known is not None
+        C = known.C if known.C_weighted is None else known.C_weighted
+        return Feedback.under(C.to(device))
+
+
+@register_method
+class NFMethod(QuantizerMethod):
+    """Round to a codebook."""
+
+    name = "nf"
+    Config = NF
+    config: NF
+
+    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
+        """Store the weights, and report what that leaves."""
+        (name,), (module,) = site.names, site.modules
+        known = statistics.get(name)
+        targets = [new[name].first, new[name].second] if isinstance(module, LowRank) else [new[name]]
+        for target, (stock, its) in zip(targets, leaves(module, known), strict=True):
+            layer = layer_of(stock)
+            target.take(stock)
+            target.fill(layer.matrix(), self.feedback(its, layer.weight.device))
+        return facts(site, layer_of(new[name]).matrix(), targets, known)
+
+
+def leaves(module: nn.Module, known: SiteStatistics | None) -> list[tuple[nn.Module, SiteStatistics | None]]:
+    """Return the layers that hold a site's weights, with what is known of each: of factors, both.
+
+    With ``W = B A``: the second factor sees ``A x``, of second moment ``A C Aᵀ``; the first factor's output
+    has the gradient ``Bᵀ g``, of second moment ``Bᵀ G B``. The Fisher matrix's means are not known there.
+    """
+    if not isinstance(module, LowRank):
+        return [(module, known)]
+    if known is None:
+        return [(module.first, None), (module.second, None)]
+    B, A = (factor.detach().double() for factor in module.factors())
+    if known.fisher_rows is not None:
+        raise ConfigError("objective='fisher' knows nothing of factors: use 'activation' or 'loss'.")
+    G = known.G if known.G is not None else None if known.G_diagonal is None else torch.diag(known.G_diagonal)
+    C, mean = known.C.to(A.device), known.mean.to(A.device)
+    first = SiteStatistics(known.tokens, C, mean, None if G is None else B.T @ G.to(B.device) @ B)
+    second = SiteStatistics(known.tokens, A @ C @ A.T, A @ mean, known.G, None, known.G_diagonal)
+    return [(module.first, first), (module.second, second)]
+
+
+def facts(
+    site: Site, read: Tensor, stored: Sequence[Quantized], known: SiteStatistics | None
+) -> dict[str, Any]:
+    """Return what the report says of a stored site.
+
+    Args:
+        site: what stood there.
+        read: the matrix that stands for it now.
+        stored: its quantised layers.
+        known: the layer's moments.
+    """
+    weight = layer_of(site.modules[0]).matrix().double()
+    left = weight - read.double()
+    found: dict[str, Any] = {
+        "scheme": stored[0].scheme.label,
+        "relative error": float(left.norm() / weight.norm().clamp_min(1e-300)),
+        "bits": 8 * sum(m.stored_bytes for m in stored) / sum(m.weights for m in stored),
+    }
+    if known is not None:
+        from lowrank_ft.algorithms.lord import output_error
+
+        found["tokens"] = known.tokens
+        found["output error"] = output_error(weight, left, known.C)
+    return found
+
+
+def _stored(module: nn.Module, scheme: Scheme) -> QuantizedNode:
+    base: Node = module.structure() if isinstance(module, Resized) else DenseNode()
+    return QuantizedNode(scheme, base)
+
+
+_TENSORS = ("codes", "levels", "scales", "supers", "offset", "weight", "parts.default.A", "parts.default.B")
+
+
+def _headers(sites: Sequence[Site], counts: Counts) -> int:
+    """An upper bound of what a safetensors file says of its tensors: names, types, shapes and places."""
+    places = 2 * len(str(counts.bytes))
+    packed = sum(
+        len(name) + len(tensor) + 90 + places for site in sites for name in site.names for tensor in _TENSORS
+    )
+    return packed + counts.tensors * (130 + places)

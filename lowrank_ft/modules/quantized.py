@@ -1,0 +1,275 @@
+"""A linear layer whose weight is stored in few bits and read, tile by tile, when it multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_ft.errors import TargetError
+from lowrank_ft.manifest import DenseNode, Node
+from lowrank_ft.modules.fused import Frozen, frozen_linear
+from lowrank_ft.modules.layer import Layer, LinearLayer, layer_of, stock_linear
+from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.modules.resized import Resized, ResizedNode
+from lowrank_ft.quant import Scheme, Storage, storage_of
+from lowrank_ft.quant.rounding import Feedback
+from lowrank_ft.registry import register_node
+
+TILE = 2**22  # weights that are unpacked at a time: a layer of a small model whole, 16 MB of a large one's
+
+
+@register_node
+@dataclass(frozen=True)
+class QuantizedNode(Node):
+    """A linear layer stored by a scheme; ``base`` is what it was: dense, or resized."""
+
+    kind: ClassVar[str] = "quantized"
+    scheme: Scheme = field(default_factory=Scheme)
+    base: Node = field(default_factory=DenseNode)
+
+    def build(self, module: nn.Module, name: str = "") -> Quantized:
+        """Build the layer for what stands at ``module``.
+
+        Raises:
+            TargetError: no linear layer.
+        """
+        layer = layer_of(module, name)
+        if layer.kind not in ("linear", "transposed-linear"):
+            raise TargetError(
+                f"{name or 'The module'} is a {type(module).__name__}, which cannot be stored in few bits: "
+                f"linear layers can. Exclude it."
+            )
+        stock = module if isinstance(module, Resized) else self.base.build(module, name)
+        return Quantized(self.scheme, stock)
+
+
+class Quantized(Replacement):
+    """Packed tensors in the place of a weight.
+
+    Attributes:
+        scheme: how they are packed.
+        in_features: inputs.
+        out_features: outputs.
+        rows: which outputs of the stock layer there are, where some were taken before.
+        columns: which inputs.
+        kind: which kind of layer stood here.
+        stock_shape: its outputs and inputs.
+    """
+
+    bias: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def __init__(self, scheme: Scheme, stock: nn.Module) -> None:
+        layer = layer_of(stock)
+        super().__init__(layer.weight)
+        self.scheme = scheme
+        self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.kind: str = getattr(stock, "kind", layer.kind)
+        self.stock_shape = getattr(stock, "stock_shape", (layer.out_features, layer.in_features))
+        self.had_bias: bool = getattr(stock, "had_bias", layer.bias is not None)
+        self.adds_bias: bool = getattr(stock, "adds_bias", False)
+        for name in ("rows", "columns"):
+            index = getattr(stock, name, None)
+            self.register_buffer(name, None if index is None else index.clone())
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.register_parameter("bias", bias)
+        for name, shape in self.storage.shapes(self.out_features, self.in_features).items():
+            empty = torch.empty(shape.size, dtype=shape.dtype, device=layer.weight.device)
+            self.register_buffer(name, empty)
+        self.train(stock.training)
+
+    @property
+    def storage(self) -> Storage:
+        """Reads and writes the packed tensors."""
+        return storage_of(self.scheme)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        names = self.storage.shapes(self.out_features, self.in_features)
+        return {name: cast(Tensor, self._buffers[name]) for name in names}
+
+    def structure(self) -> QuantizedNode:
+        """Return the node of this layer."""
+        if self.rows is None and self.columns is None:
+            return QuantizedNode(self.scheme)
+        base = ResizedNode(self.out_features, self.in_features, self.bias is not None)
+        return QuantizedNode(self.scheme, base)
+
+    def view(self) -> Layer:
+        """Return the view under which adapters are put on this layer."""
+        return QuantizedLinear(self)
+
+    @torch.no_grad()
+    def fill(self, matrix: Tensor, feedback: Feedback | None = None) -> None:
+        """Quantise a matrix ``(out, in)`` into this layer.
+
+        Raises:
+            NonFiniteError: NaN or infinite entries.
+        """
+        self.store(self.storage.pack(matrix, feedback))
+
+    @torch.no_grad()
+    def store(self, packed: Mapping[str, Tensor]) -> None:
+        """Take packed tensors."""
+        for name, tensor in packed.items():
+            cast(Tensor, self._buffers[name]).copy_(tensor)
+
+    @property
+    def weights(self) -> int:
+        """How many weights are stored."""
+        return self.out_features * self.in_features
+
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes they take."""
+        return self.storage.bytes(self.out_features, self.in_features)
+
+    @torch.no_grad()
+    def take(self, stock: nn.Module) -> None:
+        """Copy what is not quantised of the layer that stood here: bias, rows and columns."""
+        layer = layer_of(stock)
+        for name in ("bias", "rows", "columns"):
+            mine = getattr(self, name)
+            if mine is not None:
+                mine.copy_(layer.bias if name == "bias" else getattr(stock, name))
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight as it is read, ``(out, in)``, by default in the layer's dtype."""
+        dtype = self.weight.dtype if dtype is None else dtype
+        return self.storage.unpack(self.packed, self.in_features, 0, self.out_features, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the weight."""
+        return frozen_linear(x, *self.frozen(), self.bias)
+
+    def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]]:
+        """Return how the weight multiplies, and the tensors that it takes."""
+        packed = self.packed
+        return PackedWeight(self.scheme, tuple(packed), self.out_features, self.in_features), tuple(
+            packed.values()
+        )
+
+    @torch.no_grad()
+    def dense(self, matrix: Tensor | None = None) -> nn.Module:
+        """Return a stock layer in the place of this one.
+
+        Args:
+            matrix: ``(out, in)``, its weight, for a layer of this size; by default the weight as it is read,
+                in a layer of the stock size.
+        """
+        full = matrix is None
+        matrix = self.matrix() if matrix is None else matrix
+        bias = None if self.bias is None else self.bias.detach()
+        if self.rows is not None or self.columns is not None:
+            resized = Resized.of(self, matrix, bias)
+            module = resized.dense() if full else resized
+        else:
+            module = stock_linear(self.kind, matrix, bias)
+        return module.requires_grad_(False).train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
+        """Move the packed tensors where the layer goes, but cast none: scales keep their type."""
+        before = self.packed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            moved = cast(Tensor, self._buffers[name])
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+class QuantizedLinear(LinearLayer):
+    """A quantised layer, seen as a layer: the weight is read for its dtype and device alone."""
+
+    quantized: Quantized
+
+    def __init__(self, module: Quantized) -> None:
+        Layer.__init__(self, cast(Any, module))
+        self.quantized = module
+        self.out_features, self.in_features = module.out_features, module.in_features
+
+    @property
+    def _has_stock_forward(self) -> bool:
+        return False
+
+    def matrix(self) -> Tensor:
+        """The weight as it is read."""
+        return self.quantized.matrix()
+
+    def tensor(self) -> Tensor:
+        """The weight as it is read."""
+        return self.quantized.matrix()
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply a weight to ``x``."""
+        return F.linear(x, weight)
+
+    def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]] | None:
+        """How the packed weight multiplies, where nothing is hooked in."""
+        return self.quantized.frozen() if self.is_bare else None
+
+    def clone_with(self, matrix: Tensor) -> nn.Module:
+        """Return a stock layer with this matrix."""
+        return self.quantized.dense(matrix)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Multiplies by a packed matrix, a tile of rows at a time: no dense copy outlives its product.
+
+    Attributes:
+        scheme: how it is packed.
+        names: of the packed tensors, in the order they come in.
+        rows: outputs.
+        columns: inputs.
+    """
+
+    scheme: Scheme
+    names: tuple[str, ...]
+    rows: int
+    columns: int
+
+    def multiply(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        """Return ``x Wᵀ + b``, ``(…, rows)``."""
+        tiles = list(self._tiles(tensors, x.dtype))
+        if len(tiles) == 1:
+            return F.linear(x, tiles[0][1](), bias)
+        flat = x.reshape(-1, self.columns)
+        out = x.new_empty(len(flat), self.rows)
+        for where, weight in tiles:
+            part = out[:, where]
+            torch.mm(flat, weight().T, out=part) if bias is None else torch.addmm(
+                bias[where], flat, weight().T, out=part
+            )
+        return out.view(*x.shape[:-1], self.rows)
+
+    def pull(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return ``g W`` of a gradient ``(n, rows)``."""
+        total: Tensor | None = None
+        for where, weight in self._tiles(tensors, grad.dtype):
+            if total is None:
+                total = grad[:, where] @ weight()
+            else:
+                total.addmm_(grad[:, where], weight())
+        assert total is not None
+        return total
+
+    def _tiles(
+        self, tensors: tuple[Tensor, ...], dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
+        storage, packed = storage_of(self.scheme), dict(zip(self.names, tensors, strict=True))
+        height = max(1, TILE // self.columns)
+        for start in range(0, self.rows, height):
+            stop = min(start + height, self.rows)
+
+            def read(start: int = start, stop: int = stop, packed: Mapping[str, Tensor] = packed) -> Tensor:
+                return storage.unpack(packed, self.columns, start, stop, dtype)
+
+            yield slice(start, stop), read

@@ -1,0 +1,184 @@
+"""What weighs the errors of a quantised matrix, and the best low-rank correction under it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_ft import linalg
+from lowrank_ft.calibration.statistics import SiteStatistics
+from lowrank_ft.errors import ConfigError
+
+Weighing = Literal["weight", "fisher", "activation", "loss"]
+
+GRADIENT_RIDGE = 1e-4  # a few thousand tokens leave G rank-deficient or nearly so
+_OVERSAMPLING = 8
+_STEPS = 12
+_SETTLED = 1e-3  # relative gain of the captured energy below which another step is not worth its products
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``unit · ‖L^½ E R^½‖²_F`` of an error ``E (out, in)``; float32 products, float64 sums.
+
+    Attributes:
+        left: ``(out,)``, a diagonal, or ``(out, out)``; None for the identity.
+        right: ``(in,)`` or ``(in, in)``, likewise.
+        unit: what one squared weighted unit is worth.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    unit: float = 1.0
+
+    @classmethod
+    def of(cls, known: SiteStatistics | None, objective: Weighing, device: torch.device) -> Metric:
+        """Return the metric of an objective at one layer.
+
+        ``fisher``: ``diag(row means) ⊗ diag(column means)`` of the squared gradient, over its mean, so that
+        it sums to the Fisher matrix's diagonal and layers compare (LQ-LoRA, arXiv 2311.12023, section 3.3).
+        ``activation``: the second moment of the input. ``loss``: that, and the output gradient's on the left
+        (its diagonal, of layers with more outputs than inputs): the predicted rise of the loss in nats per
+        token.
+
+        Raises:
+            ConfigError: a layer that was not looked at.
+        """
+        if objective == "weight":
+            return cls()
+        if known is None:
+            raise ConfigError(f"objective={objective!r} needs calibration data.")
+        if objective == "fisher":
+            if known.fisher_rows is None or known.fisher_columns is None:
+                raise ConfigError("objective='fisher' is for linear layers: exclude the others.")
+            mean = known.fisher_rows.mean().clamp_min(1e-300)
+            return cls(known.fisher_rows.to(device), (known.fisher_columns / mean).to(device))
+        C = known.C.to(device)
+        if objective == "activation":
+            return cls(None, C)
+        G = known.G if known.G is not None else known.G_diagonal
+        assert G is not None
+        return cls(G.to(device), C if known.C_weighted is None else known.C_weighted.to(device), 0.5)
+
+    def error(self, E: Tensor) -> float:
+        """Return the squared weighted error."""
+        right = _times(E, self._right)
+        left = (
+            E if self.left is None else E * self._left[:, None] if self._left.dim() == 1 else self._left @ E
+        )
+        return self.unit * max(float((left * right).sum(dtype=torch.float64)), 0.0)
+
+    def densities(self, shape: torch.Size) -> Tensor:
+        """Return what the squared error of each entry alone is worth, ``(out, in)``, float32."""
+        rows, columns = (_diagonal(side) for side in (self.left, self.right))
+        total = torch.full(shape, self.unit, device=_device(self.left, self.right))
+        if rows is not None:
+            total = total * rows.float()[:, None].to(total)
+        return total if columns is None else total * columns.float().to(total)
+
+    def leading(self, E: Tensor, rank: int, start: Tensor | None = None) -> tuple[linalg.Factors, Tensor]:
+        """Return the best factors of a rank for ``E`` under this metric, and their energies.
+
+        Subspace iteration on ``L^½ E R Eᵀ L^½`` (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm
+        4.4), which stops when a step adds no more than 0.1% to the energy it captures; where twelve steps do
+        not settle, the whole problem is solved.
+
+        Args:
+            E: ``(out, in)``.
+            rank: from 1 to min(out, in).
+            start: ``(out, any)``, directions to start from: an earlier ``B``.
+
+        Returns:
+            factors, ``B (out, rank)`` and ``A (rank, in)``, float32; and what each direction takes from
+            :meth:`error`, ``(rank,)``, descending.
+        """
+        out_features = E.shape[0]
+        width = min(rank + _OVERSAMPLING, *E.shape)
+        generator = torch.Generator().manual_seed(0)
+        X = torch.randn(out_features, width, generator=generator).to(E)
+        if start is not None:
+            known = self._half(start)[:, :width]
+            X[:, : known.shape[1]] = known
+        last = 0.0
+        for step in range(_STEPS):
+            Q = torch.linalg.qr(X)[0]
+            X = self._half(E @ _times(self._back(Q).T @ E, self._right).T)
+            projected = (Q.T @ X).double()
+            values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+            captured = float(values[-rank:].sum())
+            settled = captured - last <= _SETTLED * captured
+            if settled and step:
+                break
+            last = captured
+        else:
+            Q, values, vectors = self._whole(E)
+        Q = Q @ vectors[:, -rank:].flip(1).to(Q)
+        A = self._back(Q).T @ E
+        return linalg.Factors(self._undo(Q), A), self.unit * values[-rank:].flip(0).clamp_min(0)
+
+    def _whole(self, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        half = self._half_of(E.double())
+        gram = half @ _times(half, self.right).T
+        values, vectors = torch.linalg.eigh(gram)
+        return torch.eye(len(gram), device=E.device), values, vectors
+
+    def _half_of(self, E: Tensor) -> Tensor:
+        """``Lᵀ E`` in float64, L the root of the left side."""
+        if self.left is None:
+            return E
+        return E * self.left.sqrt()[:, None] if self.left.dim() == 1 else self._root.lower.T @ E
+
+    def _half(self, X: Tensor) -> Tensor:
+        """``Lᵀ X``."""
+        if self.left is None:
+            return X
+        return X * self._left.sqrt()[:, None] if self._left.dim() == 1 else self._lower.T @ X
+
+    def _back(self, X: Tensor) -> Tensor:
+        """``L X``."""
+        if self.left is None:
+            return X
+        return X * self._left.sqrt()[:, None] if self._left.dim() == 1 else self._lower @ X
+
+    def _undo(self, X: Tensor) -> Tensor:
+        """``L⁻ᵀ X``."""
+        if self.left is None:
+            return X
+        if self._left.dim() == 1:
+            return X / self._left.sqrt().clamp_min(1e-6 * self._left.max().sqrt())[:, None]
+        solved: Tensor = torch.linalg.solve_triangular(self._lower.T, X, upper=True)
+        return solved
+
+    @cached_property
+    def _left(self) -> Tensor:
+        assert self.left is not None
+        return self.left.float()
+
+    @cached_property
+    def _right(self) -> Tensor | None:
+        return None if self.right is None else self.right.float()
+
+    @cached_property
+    def _root(self) -> linalg.Root:
+        assert self.left is not None
+        return linalg.factor_spd(self.left, GRADIENT_RIDGE)
+
+    @cached_property
+    def _lower(self) -> Tensor:
+        return self._root.lower.float()
+
+
+def _times(rows: Tensor, right: Tensor | None) -> Tensor:
+    return rows if right is None else rows * right if right.dim() == 1 else rows @ right
+
+
+def _diagonal(side: Tensor | None) -> Tensor | None:
+    return None if side is None else side if side.dim() == 1 else side.diagonal()
+
+
+def _device(*sides: Tensor | None) -> torch.device:
+    return next((side.device for side in sides if side is not None), torch.device("cpu"))
