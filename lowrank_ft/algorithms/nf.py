@@ -202,11 +202,11 @@ class QuantizerMethod(Method[Any]):
         }
 
     def _key(self, sites: Sequence[Site]) -> str:
-        content = configs.to_dict(self.config)
-        for name in ("budget", "budget_of", "solver", "calibration"):
-            content.pop(name)
-        parts = json.dumps([self.name, content, [site.names for site in sites]], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        """A digest of all that the table depends on beside the statistics."""
+        names = ("objective", "codebook", "scale_bits", "scale_block", "scale_dtype", "grid")
+        options = {name: getattr(self.config, name) for name in names}
+        rows = [[site.names, self.ranks(site), self.factor_bits(site)] for site in sites]
+        return hashlib.sha256(json.dumps([options, rows], sort_keys=True).encode()).hexdigest()[:16]
 
     def options_of(self, site: Site, known: SiteStatistics | None, schemes: Sequence[Scheme]) -> list[Option]:
         """Return what a site may become, with its predicted cost."""
@@ -296,10 +296,22 @@ def leaves(module: nn.Module, known: SiteStatistics | None) -> list[tuple[nn.Mod
     B, A = (factor.detach().double() for factor in module.factors())
     if known.fisher_rows is not None:
         raise ConfigError("objective='fisher' knows nothing of factors: use 'activation' or 'loss'.")
-    G = known.G if known.G is not None else None if known.G_diagonal is None else torch.diag(known.G_diagonal)
+    G = known.G
+    if G is None and known.G_diagonal is not None:
+        G = torch.diag(known.G_diagonal)
     C, mean = known.C.to(A.device), known.mean.to(A.device)
-    first = SiteStatistics(known.tokens, C, mean, None if G is None else B.T @ G.to(B.device) @ B)
-    second = SiteStatistics(known.tokens, A @ C @ A.T, A @ mean, known.G, None, known.G_diagonal)
+    weighted = None if known.C_weighted is None else known.C_weighted.to(A.device)
+    first = SiteStatistics(
+        known.tokens, C, mean, G=None if G is None else B.T @ G.to(B.device) @ B, C_weighted=weighted
+    )
+    second = SiteStatistics(
+        known.tokens,
+        A @ C @ A.T,
+        A @ mean,
+        G=known.G,
+        G_diagonal=known.G_diagonal,
+        C_weighted=None if weighted is None else A @ weighted @ A.T,
+    )
     return [(module.first, first), (module.second, second)]
 
 

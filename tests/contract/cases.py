@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "fitted": {"codebook": "fitted", "bits": 2},
         "feedback": {"bits": 3, "rounding": "feedback"},
         "budget": {"budget": 3.9, "solver": "lagrangian"},
-        "loss": {"budget": 4.2, "objective": "loss", "rounding": "feedback", "grid": "paper"},
+        "loss": {"budget": 4.2, "objective": "loss", "rounding": "feedback"},
         "bnb-nf4": {"library": "bitsandbytes", "scale_bits": 32},
         "bnb-double": {"library": "bitsandbytes", "block": 32},
         "bnb-fp4": {"library": "bitsandbytes", "codebook": "fp4", "block": 128},

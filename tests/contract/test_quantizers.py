@@ -422,3 +422,19 @@ def test_factors_are_kept_in_half_precision(case: Case, dtype: torch.dtype, tmp_
     nola = lowrank_ft.wrap(TINY["llama"].model(), "nola", rank=2, bases=4)
     with pytest.raises(StateError, match="is a 'nola', whose numbers have no dtype to choose"):
         lowrank_ft.cast_adapters(nola, "bfloat16")
+
+
+def test_the_papers_grid(tmp_path: Path) -> None:
+    """All 432 configurations: several of them are chosen, and what they store comes back."""
+    case = Case("nf", "llama", options={"budget": 4.3, "grid": "paper"})
+    model, batch = case.wrapped(), case.tiny.inputs()
+    chosen = {module.scheme for module in quantized(model).values()}
+    assert len(chosen) > 2
+    assert any(scheme.scale_bits < 8 for scheme in chosen)
+    modules = quantized(model).values()
+    taken = 8 * sum(m.stored_bytes for m in modules) / sum(m.weights for m in modules)
+    assert 0.97 * 4.3 <= taken <= 4.3
+    before = logits(model, batch)
+    lowrank_ft.save(model, tmp_path / "m")
+    reloaded = type(model).from_pretrained(tmp_path / "m")
+    assert torch.equal(logits(copy.deepcopy(reloaded), batch), before)

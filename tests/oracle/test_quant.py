@@ -7,13 +7,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_ft import allocation, linalg
 from lowrank_ft.algorithms.lq_lora import split
+from lowrank_ft.algorithms.nf import leaves
 from lowrank_ft.allocation import Option
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, NonFiniteError
+from lowrank_ft.modules.lowrank import LowRankNode
 from lowrank_ft.quant import Scheme, codebooks, program, storage_of
 from lowrank_ft.quant.metric import Metric
 from lowrank_ft.quant.packing import look_up, pack_codes, packed_size, unpack_codes
@@ -403,3 +405,27 @@ def test_predicted_ranks_are_the_spectrums() -> None:
     for option in (small, large):
         factors, _ = metric.leading(E, option.rank)
         assert option.loss == pytest.approx(metric.error(E - factors.B @ factors.A), rel=0.05)
+
+
+def test_what_is_known_of_factors_follows_from_the_layer() -> None:
+    """By hand: hidden states and their gradients, token by token."""
+    x, g = randn(300, 11, seed=1), randn(300, 7, seed=2)
+    layer = nn.Linear(11, 7, bias=False, dtype=torch.float64)
+    factored = LowRankNode(4).build(layer)
+    B, A = randn(7, 4, seed=3), randn(4, 11, seed=4)
+    with torch.no_grad():
+        factored.first.weight.copy_(A)
+        factored.second.weight.copy_(B)
+    weights = g.square().sum(1, keepdim=True)
+    known = SiteStatistics(
+        300, x.T @ x / 300, x.mean(0), G=g.T @ g / 300, C_weighted=x.T @ (weights * x) / weights.sum()
+    )
+    (first, of_first), (second, of_second) = leaves(factored, known)
+    assert (first, second) == (factored.first, factored.second)
+    hidden, back = x @ A.T, g @ B
+    torch.testing.assert_close(of_first.C, x.T @ x / 300)
+    torch.testing.assert_close(of_first.G, back.T @ back / 300)
+    torch.testing.assert_close(of_second.C, hidden.T @ hidden / 300)
+    torch.testing.assert_close(of_second.mean, hidden.mean(0))
+    torch.testing.assert_close(of_second.G, known.G)
+    torch.testing.assert_close(of_second.C_weighted, hidden.T @ (weights * hidden) / weights.sum())
