@@ -35,6 +35,7 @@ from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.registry import methods
 
 RANK = 8  # of every row's factors, so that they cost the same
+HIGHEST = 200  # perplexity that the plot still shows
 RESULTS = Path("docs/results/quantization_smollm2.jsonl")
 PAPER = {"codebook": "nf", "rounding": "nearest", "mode": "paper", "grid": "paper", "iterations": 10}
 # For each line of the table: the method and its options. "factors" leaves room for a LoRA of that rank.
@@ -212,7 +213,9 @@ def table(done: list[dict[str, Any]]) -> str:
     """One line for each row: bits, perplexities, and the rise over dense in nats."""
     dense = next(row for row in done if row["method"] == "dense")
     lines = []
-    for row in sorted(done, key=lambda r: (r["steps"], r["budget"] or r["bits"], r["method"], r["draw"])):
+    for row in sorted(
+        done, key=lambda r: (r["steps"], r["budget"] or r["bits"] or 0, r["method"], r["draw"])
+    ):
         line = {
             "method": row["method"],
             "asked": f"{row['budget']} bits" if row["budget"] else "",
@@ -229,7 +232,7 @@ def table(done: list[dict[str, Any]]) -> str:
 
 
 def plot(done: list[dict[str, Any]], path: Path) -> None:
-    """Draw perplexity on Wikipedia against bits with factors, one line for each method."""
+    """Draw perplexity on Wikipedia against bits with factors, one line for each method; up to 200."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -241,13 +244,14 @@ def plot(done: list[dict[str, Any]], path: Path) -> None:
         for method in OPTIONS:
             mine = [r for r in done if r["method"] == method and r["steps"] == steps and not r["draw"]]
             points = sorted((r["stored bits"], math.exp(r["loss wikipedia"])) for r in mine)
-            if points:
+            if points and points[-1][1] < HIGHEST:
                 label = method if not steps else f"{method}, {steps} steps"
                 axes.plot(*zip(*points, strict=True), style, label=label, markersize=5, linewidth=1)
     axes.axhline(math.exp(dense["loss wikipedia"]), color="grey", linewidth=1, label="dense")
     axes.set(
         xlabel="bits per weight, scales and factors included", ylabel="perplexity, Wikipedia", yscale="log"
     )
+    axes.set_ylim(0.9 * math.exp(dense["loss wikipedia"]), HIGHEST)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figure.tight_layout()
