@@ -41,7 +41,6 @@ from lowrank_ft.algorithms.lora import LoRA
 from lowrank_ft.algorithms.lq_lora import LQLoRA
 from lowrank_ft.algorithms.nf import NF, NFMethod
 from lowrank_ft.modules.layer import layer_of
-from lowrank_ft.pipeline import count
 
 # For each packed base of the step: what wrap() is given.
 BASES: dict[str, list[Any]] = {
@@ -101,7 +100,8 @@ def of_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:
             lowrank_ft.save(model, Path(scratch) / "m")
             held = resident(str(Path(scratch) / "m"), args)
-        tensors = count(model).bytes / 1e6
+        held_tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+        tensors = sum(t.numel() * t.element_size() for t in held_tensors) / 1e6
         rows.append({"base": name, "tensors (MB)": tensors, "resident (MB)": held - empty})
     return rows
 
