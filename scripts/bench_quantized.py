@@ -145,7 +145,6 @@ def of_step(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, model in models.items():
         ratios = [t / d for t, d in zip(times[name][1:], times["dense"][1:], strict=True)]
         loss = model(input_ids=ids, labels=ids).loss
-        held = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6
         kept = saved_bytes(loss, model) / 1e6
         rows.append(
             {
