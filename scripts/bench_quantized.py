@@ -150,7 +150,6 @@ def of_step(args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "base": name,
                 "step ÷ dense": statistics.median(ratios),
-                "weights (MB)": held,
                 "graph (MB)": kept,
             }
         )
