@@ -77,8 +77,8 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
     """
     from scipy import optimize, sparse
 
-    allocate(options, budget)  # raises where there is no solution
-    useful = {name: _undominated(choices) for name, choices in options.items()}
+    relaxed = allocate(options, budget)  # raises where there is no solution
+    useful = {name: undominated(choices) for name, choices in options.items()}
     flat = [(name, option) for name, choices in useful.items() for option in choices]
     losses = torch.tensor([option.loss for _, option in flat], dtype=torch.float64)
     sizes = [float(option.size) for _, option in flat]
@@ -100,7 +100,7 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
         raise ConfigError(f"HiGHS found no solution ({found.message}): use solver='lagrangian'.")
     chosen = {flat[i][0]: flat[i][1] for i, x in enumerate(found.x) if x > 0.5}
     over = sum(option.size for option in chosen.values()) > budget  # by HiGHS's tolerance of the constraint
-    return allocate(options, budget) if over else chosen
+    return relaxed if over else chosen
 
 
 def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
@@ -123,8 +123,8 @@ def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[s
     return min(fitting, key=lambda chosen: sum(o.loss for o in chosen.values()))
 
 
-def _undominated(choices: Sequence[Option]) -> list[Option]:
-    """The options of which none is both as small and as good as another."""
+def undominated(choices: Sequence[Option]) -> list[Option]:
+    """Return the options of which none is both as small and as good as another, from the smallest up."""
     found: list[Option] = []
     for option in sorted(choices, key=lambda o: (o.size, o.loss)):
         if not found or option.loss < found[-1].loss:

@@ -23,7 +23,7 @@ from lowrank_ft.data import DataConfig
 from lowrank_ft.errors import CheckpointError, ConfigError
 from lowrank_ft.modules.lowrank import LowRank
 from lowrank_ft.modules.resized import Resized
-from lowrank_ft.pipeline import count
+from lowrank_ft.pipeline import bytes_of, count
 from lowrank_ft.sites import stock_modules
 from lowrank_ft.training import FinetuneConfig, ModelConfig, TrainConfig
 
@@ -153,7 +153,7 @@ def parse_stage(entry: Mapping[str, Any]) -> Stage:
     """
     options = dict(entry)
     given = options.pop("train", None)
-    config = training.parse_stage(dict(options))
+    config = training.parse_stage(options)
     cls = registry.methods[options["method"]]
     if given is not None and not cls.trains:
         raise ConfigError(f"The stage {cls.name!r} trains nothing: leave out train.")
@@ -166,7 +166,7 @@ def _describe(stage: Stage) -> str:
     ratio = getattr(stage.config, "ratio", None)
     rank = getattr(stage.config, "rank", None)
     budget, bits = getattr(stage.config, "budget", None), getattr(stage.config, "bits", None)
-    unit = {"bits": "bits"}.get(getattr(stage.config, "budget_of", ""), "MB")
+    unit = "bits" if getattr(stage.config, "budget_of", "") == "bits" else "MB"
     stored = "" if bits is None else f" {budget:g} {unit}" if budget is not None else f" {bits} bits"
     share = "" if ratio is None else f" {ratio:.0%}"
     return f"{stage.name}{share}{stored}" + (f" r={rank}" if rank else "")
@@ -215,15 +215,10 @@ def measure(
         stage=stage,
         losses={name: evaluation.window_loss(model, tokens, name) for name, tokens in corpora.items()},
         parameters=count(model),
-        bytes=_bytes(model),
+        bytes=bytes_of([model]),
         tokens_per_second=_speed(model, config.window),
         seconds=seconds,
     )
-
-
-def _bytes(model: nn.Module) -> int:
-    """Bytes of parameters and persistent buffers, tied ones once."""
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}.values())
 
 
 def _speed(model: nn.Module, length: int) -> float:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from lowrank_ft import config as configs
 from lowrank_ft import registry, sites, ties
-from lowrank_ft.algorithms.base import AdapterConfig, Counts, Family, Method, MethodConfig
+from lowrank_ft.algorithms.base import AdapterConfig, Counts, FactorType, Family, Method, MethodConfig
 from lowrank_ft.calibration.batches import Calibration, Source
 from lowrank_ft.errors import CheckpointError, ConfigError, StateError, TargetError, did_you_mean
 from lowrank_ft.manifest import Node, describe, replacements, to_json
@@ -38,7 +38,6 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 QUANT_METHOD = "lowrank_ft"  # under which transformers finds the manifest in a config
 SCHEMA = 1
 _FACTS = "layers changed"
-_FACTOR_TYPES = ("auto", "float32", "bfloat16", "float16")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -236,8 +235,8 @@ def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
         ConfigError: no such dtype.
     """
     state_of(model)
-    if dtype not in _FACTOR_TYPES:
-        raise ConfigError(f"Factors are kept in one of {list(_FACTOR_TYPES)}, but not in {dtype!r}.")
+    if dtype not in get_args(FactorType):
+        raise ConfigError(f"Factors are kept in one of {list(get_args(FactorType))}, but not in {dtype!r}.")
     if name is not None:
         require_adapter(model, name)
     found = [
@@ -419,19 +418,23 @@ def check_digest(name: str, digest: str | None, expected: Mapping[str, Any]) -> 
 
 def check_whole(model: nn.Module, active: Collection[str]) -> None:
     """Raise ``StateError`` where an adapter that part of the weights lies in would not be active."""
-    for host in hosts(model).values():
-        for name, part in host.parts.items():
-            if name not in active and getattr(part, "carries", False):
-                raise StateError(
-                    f"Part of the quantised weights lies in the adapter {name!r}, so the model is not whole "
-                    f"without it: keep it active beside others (set_adapter([{name!r}, …])), or merge() it."
-                )
+    for name in _carrying(model):
+        if name not in active:
+            raise StateError(
+                f"Part of the quantised weights lies in the adapter {name!r}, so the model is not whole "
+                f"without it: keep it active beside others (set_adapter([{name!r}, …])), or merge() it."
+            )
 
 
 def carries(model: nn.Module) -> bool:
     """Whether part of the weights lies in an adapter, so that the model has no base without it."""
-    parts = (part for host in hosts(model).values() for part in host.parts.values())
-    return any(getattr(part, "carries", False) for part in parts)
+    return bool(_carrying(model))
+
+
+def _carrying(model: nn.Module) -> list[str]:
+    """The adapters that part of the weights lies in."""
+    parts = [(name, part) for host in hosts(model).values() for name, part in host.parts.items()]
+    return list(dict.fromkeys(name for name, part in parts if getattr(part, "carries", False)))
 
 
 def require_adapter(model: nn.Module, name: str) -> None:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from lowrank_ft.errors import ConfigError, NonFiniteError
 
+GRADIENT_RIDGE = 1e-4  # of G, which a few thousand tokens leave rank-deficient or nearly so
+
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading ``rank`` singular triples of a matrix, by the smaller Gram matrix's eigenvectors.

@@ -279,15 +279,17 @@ def _row(
     predicted: float | None,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
+    before = list(site.layers.values())
+    after = [new.get(name, layer) for name, layer in site.layers.items()]
     return {
         "module": site.name,
         "layers": list(site.layers),
         "role": site.role,
         "rank": rank,
-        "parameters before": _size(list(site.layers.values())),
-        "parameters": _size([new.get(name, layer) for name, layer in site.layers.items()]),
-        "bytes before": _bytes(site.layers.values()),
-        "bytes": _bytes([new.get(name, layer) for name, layer in site.layers.items()]),
+        "parameters before": _size(before),
+        "parameters": _size(after),
+        "bytes before": bytes_of(before),
+        "bytes": bytes_of(after),
         "predicted": predicted,
         **facts,
     }
@@ -299,8 +301,10 @@ def _size(modules: Iterable[nn.Module]) -> int:
     )
 
 
-def _bytes(modules: Iterable[nn.Module]) -> int:
-    return sum(t.numel() * t.element_size() for module in modules for t in module.state_dict().values())
+def bytes_of(modules: Iterable[nn.Module]) -> int:
+    """Return the bytes of parameters and persistent buffers, tied ones once."""
+    tensors = (t for module in modules for t in module.state_dict().values())
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def _warn_of_few_tokens(run: Run, known: Known) -> None:

@@ -373,7 +373,7 @@ def _prepare(config: FinetuneConfig) -> tuple[tasks.Prepared, dict[str, Tensor]]
     }
     where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
     method = _with_head(config.method, found.model) if found.classes else config.method
-    chain = [*(parse_stage(dict(entry)) for entry in config.stages), method]
+    chain = [*(parse_stage(entry) for entry in config.stages), method]
     if config.calibration_data is not None and not any(engine.calibration_of(step) for step in chain):
         raise ConfigError("The method looks at no data: leave out calibration_data.")
     for step in chain:
@@ -382,13 +382,14 @@ def _prepare(config: FinetuneConfig) -> tuple[tasks.Prepared, dict[str, Tensor]]
     return found, keep
 
 
-def parse_stage(options: dict[str, Any]) -> MethodConfig:
+def parse_stage(entry: Mapping[str, Any]) -> MethodConfig:
     """Return the config of a stage from its entry in a recipe: ``method``, and its options.
 
     Raises:
         ConfigError: no method, or an option that it lacks.
         RegistryError: no such method.
     """
+    options = dict(entry)
     name = options.pop("method", None)
     if not isinstance(name, str):
         raise ConfigError(f"A stage needs a method, but has {sorted(options)}.")

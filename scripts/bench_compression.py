@@ -211,18 +211,8 @@ def ranks_removed(model: nn.Module) -> float:
 def recover(model: nn.Module, tokens: Tensor, steps: int) -> None:
     """Train a LoRA on the compressed model for a few steps of 4 × 256 tokens."""
     lowrank_ft.wrap(model, "lora", rank=16)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps, pct_start=0.1)
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
     model.train()
-    for step in range(steps):
-        batch = tokens[order[4 * step : 4 * step + 4]]
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
+    common.train(model, common.drawn(tokens, steps), 1e-3)
     model.eval()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import common
 import torch
 from bench_encoders import TASKS, Dense, Task, dense_of, encoded, features, reviews
-from bench_quantization import PAPER, bits_of, factor_bits
+from bench_quantization import OPTIONS, bits_of, factor_bits
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -36,15 +36,14 @@ from lowrank_ft.algorithms.nf import QuantizeOptions
 from lowrank_ft.registry import methods
 
 FEATURE_RANK, RANK = 8, 4
-OPTIONS: dict[str, dict[str, Any]] = {
-    "NF, to nearest": {"method": "nf"},
-    "signed, to nearest": {"method": "nf", "codebook": "signed"},
-    "QLoRA, program": {"method": "nf", "grid": "paper"},
-    "LQ-LoRA, no data": {"method": "lq_lora", "objective": "weight", **PAPER},
-    "LQ-LoRA, Fisher": {"method": "lq_lora", "objective": "fisher", **PAPER},
-    "LQ-LoRA, activation": {"method": "lq_lora", "objective": "activation", "rounding": "nearest"},
-    "LQ-LoRA, loss": {"method": "lq_lora"},
-}
+METHODS = (
+    "NF, to nearest",
+    "signed, to nearest",
+    "LQ-LoRA, no data",
+    "LQ-LoRA, Fisher",
+    "LQ-LoRA, activation",
+    "LQ-LoRA, loss",
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,8 @@ def rows() -> Iterator[Row]:
     """All rows."""
     for encoder in TASKS:
         for bits in (3, 2):
-            for method in OPTIONS:
-                if method != "QLoRA, program":
-                    yield Row("features", encoder, method, bits)
+            for method in METHODS:
+                yield Row("features", encoder, method, bits)
     yield Row("finetune", "minilm", "full precision", 32)
     for budget in (3.0, 2.5, 4.0):
         for method in ("LQ-LoRA, loss", "QLoRA, program", "LQ-LoRA, Fisher"):
@@ -128,13 +126,7 @@ def of_training(row: Row, args: argparse.Namespace) -> dict[str, Any]:
             options.update(rank=RANK, factors="bfloat16", modules_to_save=("classifier",))
         else:
             options["budget"] -= factor_bits(model, RANK)
-        calibration = [
-            {
-                **encoded([r["text"] for r in rows], tokenizer),
-                "labels": torch.tensor([r["label"] for r in rows]),
-            }
-            for rows in (train[i : i + 16] for i in range(0, 256, 16))
-        ]
+        calibration = labelled((train[i : i + 16] for i in range(0, 256, 16)), tokenizer)
         seconds = quantise(model, options, calibration)
     if not engine.hosts(model):
         lowrank_ft.wrap(model, "lora", rank=RANK, modules_to_save=("classifier",))
@@ -164,23 +156,25 @@ def quantise(model: nn.Module, options: dict[str, Any], data: list[dict[str, Ten
 def fit(model: nn.Module, rows: list[dict[str, Any]], tokenizer: Any, epochs: int, batch: int = 32) -> None:
     """Train what trains: one cycle of AdamW, peak 1e-3."""
     generator = torch.Generator().manual_seed(0)
-    steps = [
-        order[i : i + batch]
-        for order in (torch.randperm(len(rows), generator=generator).tolist() for _ in range(epochs))
+    orders = (torch.randperm(len(rows), generator=generator).tolist() for _ in range(epochs))
+    chosen = [
+        [rows[k] for k in order[i : i + batch]]
+        for order in orders
         for i in range(0, len(rows) - batch + 1, batch)
     ]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=len(steps), pct_start=0.1)
     model.eval()  # without dropout: an epoch is short
-    for chosen in steps:
-        inputs = encoded([rows[i]["text"] for i in chosen], tokenizer)
-        labels = torch.tensor([rows[i]["label"] for i in chosen])
-        model(**inputs, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
+    common.train(model, labelled(chosen, tokenizer), 1e-3)
+
+
+def labelled(chunks: Iterable[list[dict[str, Any]]], tokenizer: Any) -> list[dict[str, Tensor]]:
+    """Return a batch of each chunk of reviews, with its labels."""
+    return [
+        {
+            **encoded([r["text"] for r in rows], tokenizer),
+            "labels": torch.tensor([r["label"] for r in rows]),
+        }
+        for rows in chunks
+    ]
 
 
 def accuracy(model: nn.Module, rows: list[dict[str, Any]], tokenizer: Any) -> float:

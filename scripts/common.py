@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 
 def parser(doc: str | None, results: Path | None = None) -> argparse.ArgumentParser:
@@ -42,3 +45,22 @@ def append(path: Path | None, rows: Iterable[Mapping[str, Any]], **setting: Any)
 def is_done(key: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> bool:
     """Whether a row with these values is there."""
     return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
+
+
+def train(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], rate: float) -> None:
+    """Train what trains, one cycle of AdamW over the batches, up to a learning rate."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=len(batches), pct_start=0.1)
+    for batch in batches:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+
+
+def drawn(tokens: Tensor, steps: int, size: int = 4) -> list[dict[str, Tensor]]:
+    """Return batches of windows of tokens, to be told on, in an order that is always the same."""
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[: size * steps]
+    return [{"input_ids": batch, "labels": batch} for batch in torch.split(tokens[order], size)]

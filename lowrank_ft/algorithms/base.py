@@ -21,6 +21,8 @@ from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.quant.scheme import Scheme
 from lowrank_ft.sites import Site, check_patterns, lookup
 
+FactorType = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 class Family(enum.Enum):
     """When a method may be applied: compress, then quantise, then adapt."""

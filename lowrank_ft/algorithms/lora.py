@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lowrank_ft import linalg
 from lowrank_ft.algorithms.base import (
+    FactorType,
     Family,
     LowRankConfig,
     Method,
@@ -38,7 +39,6 @@ from lowrank_ft.registry import register_method, register_node
 from lowrank_ft.sites import Site, check_patterns, lookup
 
 Scaling = Literal["standard", "rslora"]
-FactorType = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
 

@@ -33,8 +33,6 @@ from lowrank_ft.sites import Site
 
 Objective = Literal["loss", "output", "weight"]
 
-GRADIENT_RIDGE = 1e-4  # a few thousand tokens leave G rank-deficient or nearly so
-
 
 @dataclass(frozen=True)
 class LoRD(CompressorConfig):
@@ -184,7 +182,7 @@ def decompose(layer: Layer, known: SiteStatistics, *, by_loss: bool, centers: bo
         return linalg.decompose(matrix, C)
     G = None if known.G is None else known.G.to(device)
     pulled = None if known.pulled is None else known.pulled.to(device)
-    return linalg.decompose(matrix, C, G, pulled=pulled, ridge=GRADIENT_RIDGE)
+    return linalg.decompose(matrix, C, G, pulled=pulled, ridge=linalg.GRADIENT_RIDGE)
 
 
 def rank_options(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lowrank_ft import linalg
-from lowrank_ft.algorithms.base import Share, Statistics
-from lowrank_ft.algorithms.lora import FactorType, LoRADelta, LoRANode, LoRAOptions, Scaling  # noqa: F401
+from lowrank_ft.algorithms.base import FactorType, Share, Statistics
+from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, LoRAOptions, Scaling  # noqa: F401
 from lowrank_ft.algorithms.nf import BudgetUnit, QuantizeOptions, QuantizerMethod, Rounding, facts  # noqa: F401
 from lowrank_ft.calibration.batches import Calibration  # noqa: F401 (see LQLoRA)
 from lowrank_ft.errors import ConfigError, TargetError

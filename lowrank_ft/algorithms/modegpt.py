@@ -327,7 +327,7 @@ def _pulled(layer: Layer, known: SiteStatistics, config: MoDeGPT) -> Tensor:
     """``Wᵀ G W``, G with its ridge; G is the identity where outputs count alike."""
     if config.recipe == "paper":
         return linalg.pull(_matrix(layer))
-    return linalg.pull(_matrix(layer), known.G, known.pulled, lord.GRADIENT_RIDGE)
+    return linalg.pull(_matrix(layer), known.G, known.pulled, linalg.GRADIENT_RIDGE)
 
 
 def _moment(known: SiteStatistics, centered: bool) -> Tensor:
@@ -504,7 +504,7 @@ class QueryKey(Heads):
     @staticmethod
     def _gradient(known: SiteStatistics) -> Tensor:
         assert known.G is not None
-        return linalg.with_ridge(known.G, lord.GRADIENT_RIDGE * float(known.G.diagonal().mean()))
+        return linalg.with_ridge(known.G, linalg.GRADIENT_RIDGE * float(known.G.diagonal().mean()))
 
     def _by_unit(self, matrix: Tensor) -> Tensor:
         """Add up the rows and columns of each unit, over the heads of a group."""

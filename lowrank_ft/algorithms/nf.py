@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowrank_ft import allocation
 from lowrank_ft import config as configs
+from lowrank_ft.algorithms import lord
 from lowrank_ft.algorithms.base import Counts, Family, Method, MethodConfig, Need, Share, Statistics
 from lowrank_ft.allocation import Option
 from lowrank_ft.calibration.batches import Calibration
@@ -334,10 +335,8 @@ def facts(
         "bits": 8 * sum(m.stored_bytes for m in stored) / sum(m.weights for m in stored),
     }
     if known is not None:
-        from lowrank_ft.algorithms.lord import output_error
-
         found["tokens"] = known.tokens
-        found["output error"] = output_error(weight, left, known.C)
+        found["output error"] = lord.output_error(weight, left, known.C)
     return found
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from lowrank_ft import linalg
 from lowrank_ft.algorithms import lord
 from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
-from lowrank_ft.algorithms.lord import GRADIENT_RIDGE, Objective
-from lowrank_ft.allocation import Option, allocate, uniform
+from lowrank_ft.algorithms.lord import Objective
+from lowrank_ft.allocation import Option, allocate, undominated, uniform
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import ConvLayer, layer_of
@@ -122,7 +122,7 @@ class TuckerMethod(Method[Tucker]):
                 found.append(
                     Option(rank_out, size, 0.5 * max(lost, 0.0), {} if rank_in is None else {"in": rank_in})
                 )
-        return lower(found)
+        return undominated(found)
 
     def _keeping(self, tail: Tensor, ranks: Sequence[int | None]) -> list[int | None]:
         """The least of the ranks that keeps the energy."""
@@ -185,7 +185,9 @@ class TuckerMethod(Method[Tucker]):
         if node.rank_out is None:
             return None, core, inner
         pulled = metric.pulled if metric.G is None else None  # G says more, where it is known
-        found = linalg.decompose(core.flatten(1), metric.C, metric.G, pulled=pulled, ridge=GRADIENT_RIDGE)
+        found = linalg.decompose(
+            core.flatten(1), metric.C, metric.G, pulled=pulled, ridge=linalg.GRADIENT_RIDGE
+        )
         both = found.truncate(node.rank_out)
         return both.B, both.A.reshape(node.rank_out, *core.shape[1:]), inner
 
@@ -208,7 +210,7 @@ class TuckerMethod(Method[Tucker]):
         kernel = layer.weight[0, 0].numel()
         C = by_channel(metric.C, kernel) / kernel
         pulled = None if metric.pulled is None else by_channel(metric.pulled, kernel)
-        return linalg.decompose(stack, C, pulled=pulled, ridge=GRADIENT_RIDGE)
+        return linalg.decompose(stack, C, pulled=pulled, ridge=linalg.GRADIENT_RIDGE)
 
 
 @dataclass(frozen=True)
@@ -271,12 +273,3 @@ def size_of(layer: ConvLayer, rank_out: int | None, rank_in: int | None) -> int:
     size += 0 if rank_out is None else rank_out * outputs
     size += 0 if rank_in is None else rank_in * inputs
     return size + (0 if layer.bias is None else outputs)
-
-
-def lower(options: Sequence[Option]) -> list[Option]:
-    """Return the options of which none is both larger and worse than another."""
-    found: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.size, o.loss)):
-        if not found or option.loss < found[-1].loss:
-            found.append(option)
-    return found

@@ -53,6 +53,7 @@ class Quantized(Replacement):
 
     Attributes:
         scheme: how they are packed.
+        storage: reads and writes them.
         in_features: inputs.
         out_features: outputs.
         rows: which outputs of the stock layer there are, where some were taken before.
@@ -79,21 +80,18 @@ class Quantized(Replacement):
             self.register_buffer(name, None if index is None else index.clone())
         bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.register_parameter("bias", bias)
-        for name, shape in self.storage.shapes(self.out_features, self.in_features).items():
+        self.storage = storage_of(scheme)
+        shapes = self.storage.shapes(self.out_features, self.in_features)
+        for name, shape in shapes.items():
             empty = torch.empty(shape.size, dtype=shape.dtype, device=layer.weight.device)
             self.register_buffer(name, empty)
+        self._weight = PackedWeight(self.storage, tuple(shapes), self.out_features, self.in_features)
         self.train(stock.training)
-
-    @property
-    def storage(self) -> Storage:
-        """Reads and writes the packed tensors."""
-        return storage_of(self.scheme)
 
     @property
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
-        names = self.storage.shapes(self.out_features, self.in_features)
-        return {name: cast(Tensor, self._buffers[name]) for name in names}
+        return {name: cast(Tensor, self._buffers[name]) for name in self._weight.names}
 
     def structure(self) -> QuantizedNode:
         """Return the node of this layer."""
@@ -151,10 +149,7 @@ class Quantized(Replacement):
 
     def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]]:
         """Return how the weight multiplies, and the tensors that it takes."""
-        packed = self.packed
-        return PackedWeight(self.scheme, tuple(packed), self.out_features, self.in_features), tuple(
-            packed.values()
-        )
+        return self._weight, tuple(self.packed.values())
 
     @torch.no_grad()
     def dense(self, matrix: Tensor | None = None) -> nn.Module:
@@ -225,13 +220,13 @@ class PackedWeight:
     """Multiplies by a packed matrix, a tile of rows at a time: no dense copy outlives its product.
 
     Attributes:
-        scheme: how it is packed.
+        storage: reads it.
         names: of the packed tensors, in the order they come in.
         rows: outputs.
         columns: inputs.
     """
 
-    scheme: Scheme
+    storage: Storage
     names: tuple[str, ...]
     rows: int
     columns: int
@@ -264,12 +259,12 @@ class PackedWeight:
     def _tiles(
         self, tensors: tuple[Tensor, ...], dtype: torch.dtype
     ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-        storage, packed = storage_of(self.scheme), dict(zip(self.names, tensors, strict=True))
+        packed = dict(zip(self.names, tensors, strict=True))
         height = max(1, TILE // self.columns)
         for start in range(0, self.rows, height):
             stop = min(start + height, self.rows)
 
             def read(start: int = start, stop: int = stop, packed: Mapping[str, Tensor] = packed) -> Tensor:
-                return storage.unpack(packed, self.columns, start, stop, dtype)
+                return self.storage.unpack(packed, self.columns, start, stop, dtype)
 
             yield slice(start, stop), read

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_ft.errors import ConfigError, NonFiniteError
+from lowrank_ft.errors import ConfigError
 from lowrank_ft.quant.rounding import Feedback
-from lowrank_ft.quant.storage import Shape, Storage, Tensors
+from lowrank_ft.quant.storage import Shape, Storage, Tensors, finite, in_blocks
 
 NESTED_BLOCK = 256  # scales that share one, in bitsandbytes' double quantisation
 
@@ -129,7 +128,4 @@ def _blocks(matrix: Tensor, block: int, feedback: Feedback | None) -> Tensor:
     """The matrix in float32 with one block a row, checked."""
     if feedback is not None:
         raise ConfigError("bitsandbytes rounds to nearest: use library='torch' for rounding='feedback'.")
-    W = matrix.detach().float().flatten()
-    if not torch.isfinite(W).all():
-        raise NonFiniteError("A weight to be quantised has NaN or infinite entries.")
-    return F.pad(W, (0, -W.numel() % block)).view(-1, block)
+    return in_blocks(finite(matrix), block)

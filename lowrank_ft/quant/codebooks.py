@@ -21,7 +21,7 @@ from lowrank_ft.errors import ConfigError
 
 NF_OFFSET = 0.9677083  # δ: the quantile of the largest level, from bitsandbytes
 FP4 = (0.0, 0.0052083333, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0)
-_CELLS = 8192  # of −1…1, for the density and the histogram: a level moves by less than 1e-4 of a cell's width
+_CELLS = 8192  # of −1…1, for the density and the histogram; both are read between cells, so levels are finer
 
 
 def levels_of(name: str, bits: int, block: int) -> Tensor:

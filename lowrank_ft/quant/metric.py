@@ -15,7 +15,6 @@ from lowrank_ft.errors import ConfigError
 
 Weighing = Literal["weight", "fisher", "activation", "loss"]
 
-GRADIENT_RIDGE = 1e-4  # a few thousand tokens leave G rank-deficient or nearly so
 _OVERSAMPLING = 8
 _STEPS = 12
 _SETTLED = 1e-3  # relative gain of the captured energy below which another step is not worth its products
@@ -121,22 +120,18 @@ class Metric:
         return linalg.Factors(self._undo(Q), A), self.unit * values[-rank:].flip(0).clamp_min(0)
 
     def _whole(self, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        half = self._half_of(E.double())
+        half = self._half(E.double())
         gram = half @ _times(half, self.right).T
         values, vectors = torch.linalg.eigh(gram)
         return torch.eye(len(gram), device=E.device), values, vectors
 
-    def _half_of(self, E: Tensor) -> Tensor:
-        """``Lᵀ E`` in float64, L the root of the left side."""
-        if self.left is None:
-            return E
-        return E * self.left.sqrt()[:, None] if self.left.dim() == 1 else self._root.lower.T @ E
-
     def _half(self, X: Tensor) -> Tensor:
-        """``Lᵀ X``."""
+        """``Lᵀ X``, L the root of the left side, in the dtype of X."""
         if self.left is None:
             return X
-        return X * self._left.sqrt()[:, None] if self._left.dim() == 1 else self._lower.T @ X
+        if self.left.dim() == 1:
+            return X * self.left.to(X.dtype).sqrt()[:, None]
+        return (self._root.lower if X.dtype == torch.float64 else self._lower).T @ X
 
     def _back(self, X: Tensor) -> Tensor:
         """``L X``."""
@@ -165,7 +160,7 @@ class Metric:
     @cached_property
     def _root(self) -> linalg.Root:
         assert self.left is not None
-        return linalg.factor_spd(self.left, GRADIENT_RIDGE)
+        return linalg.factor_spd(self.left, linalg.GRADIENT_RIDGE)
 
     @cached_property
     def _lower(self) -> Tensor:

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lowrank_ft.allocation import Option
 from lowrank_ft.quant.metric import Metric
 from lowrank_ft.quant.scheme import SCALE_BITS, Scheme
-from lowrank_ft.quant.storage import BlockStorage, storage_of
+from lowrank_ft.quant.storage import BlockStorage, in_blocks, storage_of
 
 GridName = Literal["compact", "paper"]
 T = TypeVar("T")
@@ -38,14 +37,12 @@ class Matrix:
         metric: what weighs its errors.
         ranks: ranks that a correction may have; none for no correction.
         factor_bits: of each number in its factors.
-        gain: the error that is left of rounding to nearest when feedback makes up for it.
     """
 
     weight: Tensor
     metric: Metric
     ranks: tuple[int, ...] = ()
     factor_bits: int = 32
-    gain: float = 1.0
 
 
 def grid(base: Scheme, name: GridName) -> list[Scheme]:
@@ -84,13 +81,9 @@ def options_of(matrix: Matrix, schemes: Sequence[Scheme]) -> list[Option]:
             for rank in matrix.ranks or (None,):
                 taken = 0.0 if rank is None else float(energies[:rank].sum())
                 factors = 0 if rank is None else -(-rank * sum(shape) * matrix.factor_bits // 8)
-                loss = matrix.gain * (max(left - taken, 0.0) + extra)
+                loss = max(left - taken, 0.0) + extra
                 found.append(Option(rank, size + factors, loss, scheme=scheme))
     return found
-
-
-def _in_blocks(values: Tensor, block: int) -> Tensor:
-    return F.pad(values.flatten(), (0, -values.numel() % block)).view(-1, block)
 
 
 def _errors(matrix: Matrix, plain: Scheme, cut_off: int) -> tuple[float, Tensor, Callable[[Scheme], float]]:
@@ -107,10 +100,10 @@ def _errors(matrix: Matrix, plain: Scheme, cut_off: int) -> tuple[float, Tensor,
         _, energies = matrix.metric.leading(W - read, max(matrix.ranks))
     scales = packed["scales"].abs()
     worth = matrix.metric.densities(W.shape).to(W.device)
-    rounding = _in_blocks(worth * (W - read).square(), plain.block).sum(1)
-    sizes = _in_blocks(W.abs(), plain.block)
+    rounding = in_blocks(worth * (W - read).square(), plain.block).sum(1)
+    sizes = in_blocks(W.abs(), plain.block)
     largest, where = sizes.max(1, keepdim=True) if cut_off == 1 else sizes.topk(cut_off, 1)
-    value = _in_blocks(worth, plain.block).gather(1, where)
+    value = in_blocks(worth, plain.block).gather(1, where)
 
     def add(scheme: Scheme) -> float:
         """What is within a moved scale is rounded on a moved grid; what is beyond is cut off."""

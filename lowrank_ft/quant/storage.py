@@ -104,10 +104,8 @@ class BlockStorage(Storage):
     def pack(self, matrix: Tensor, feedback: Feedback | None = None) -> Tensors:
         """Quantise a matrix (see :meth:`Storage.pack`)."""
         s = self.scheme
-        W = matrix.detach().float()
-        if not torch.isfinite(W).all():
-            raise NonFiniteError("A weight to be quantised has NaN or infinite entries.")
-        blocks = _in_blocks(W, s.block)
+        W = finite(matrix)
+        blocks = in_blocks(W, s.block)
         tensors = self._pack_scales(_scales_of(blocks, s.is_signed))
         scales = self.block_scales(tensors, 0, len(blocks))[:, None]
         levels = codebooks.levels_of(s.codebook, s.bits, s.block).to(W.device)
@@ -160,7 +158,7 @@ class BlockStorage(Storage):
             return {"scales": scales}
         magnitude = scales.abs()
         offset = magnitude.min()
-        over = _in_blocks(magnitude - offset, s.scale_block)
+        over = in_blocks(magnitude - offset, s.scale_block)
         supers = over.amax(1).to(_DTYPES[s.scale_dtype])
         unit = torch.where(supers == 0, 1.0, supers.float())[:, None]
         codes = (over / unit * self._largest).round().clamp(0, self._largest).flatten()[: scales.numel()]
@@ -195,7 +193,20 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
     return codes
 
 
-def _in_blocks(values: Tensor, block: int) -> Tensor:
+def finite(matrix: Tensor) -> Tensor:
+    """Return a matrix to be quantised in float32.
+
+    Raises:
+        NonFiniteError: NaN or infinite entries.
+    """
+    found = matrix.detach().float()
+    if not torch.isfinite(found).all():
+        raise NonFiniteError("A weight to be quantised has NaN or infinite entries.")
+    return found
+
+
+def in_blocks(values: Tensor, block: int) -> Tensor:
+    """Return values laid end to end, one block a row, the last one filled up with zeros."""
     flat = values.flatten()
     return F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
 

@@ -18,7 +18,7 @@ from lowrank_ft.modules.lowrank import LowRankNode
 from lowrank_ft.pipeline import count
 from lowrank_ft.training import AdapterCheckpoint
 from tests.contract.cases import COMPRESSING, Case
-from tests.contract.test_contract import FLOAT64, assert_same_state, state
+from tests.contract.test_contract import FLOAT64, assert_reloads_as_a_model, assert_same_state, state
 from tests.tiny import TINY, logits, perturb
 
 every_case = pytest.mark.parametrize("case", COMPRESSING, ids=str)
@@ -50,19 +50,7 @@ def test_the_same_run_gives_the_same_bits(case: Case) -> None:
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_reloads_with_plain_from_pretrained(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
-    batch = case.tiny.inputs(dtype)
-    # A bare .to(bfloat16) would round the rotary frequencies as well, which from_pretrained does not.
-    case.tiny.model().save_pretrained(tmp_path / "base")
-    base = type(case.tiny.model()).from_pretrained(tmp_path / "base", dtype=dtype)
-    model = case.wrap(copy.deepcopy(base))
-    lowrank_ft.save(model, tmp_path / "ours")
-    model.save_pretrained(tmp_path / "theirs")
-    for directory in ("ours", "theirs"):
-        reloaded = type(model).from_pretrained(tmp_path / directory, dtype=dtype)
-        assert_same_state(reloaded, state(model))
-        assert torch.equal(logits(copy.deepcopy(reloaded), batch), logits(model, batch))
-    onto_base = lowrank_ft.load(base, tmp_path / "ours")
-    assert torch.equal(logits(copy.deepcopy(onto_base), batch), logits(model, batch))
+    assert_reloads_as_a_model(case, dtype, tmp_path)
 
 
 @every_case

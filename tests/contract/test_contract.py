@@ -13,6 +13,7 @@ import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.algorithms.base import Family, LowRankConfig
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
+from lowrank_ft.manifest import describe
 from lowrank_ft.registry import methods
 from tests.contract.cases import CASES, Case
 from tests.tiny import logits, perturb
@@ -34,6 +35,26 @@ def assert_same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> None
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def assert_reloads_as_a_model(case: Case, dtype: torch.dtype, path: Path) -> None:
+    """Saved by us and by transformers, the model is the same to the bit: alone, and on its base."""
+    batch = case.tiny.inputs(dtype)
+    # A bare .to(bfloat16) would round the rotary frequencies as well, which from_pretrained does not.
+    case.tiny.model().save_pretrained(path / "base")
+    base = type(case.tiny.model()).from_pretrained(path / "base", dtype=dtype)
+    model = case.wrap(copy.deepcopy(base))
+    lowrank_ft.save(model, path / "ours")
+    model.save_pretrained(path / "theirs")
+    dtypes = [t.dtype for t in model.state_dict().values()]
+    for directory in ("ours", "theirs"):
+        reloaded = type(model).from_pretrained(path / directory, dtype=dtype)
+        assert_same_state(reloaded, state(model))
+        assert [t.dtype for t in reloaded.state_dict().values()] == dtypes
+        assert torch.equal(logits(copy.deepcopy(reloaded), batch), logits(model, batch))
+    onto_base = lowrank_ft.load(base, path / "ours")
+    assert torch.equal(logits(copy.deepcopy(onto_base), batch), logits(model, batch))
+    assert describe(onto_base) == describe(model)
 
 
 def ties(model: nn.Module) -> bool:

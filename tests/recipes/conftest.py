@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from lowrank_ft import cli
 from tests.tiny import TINY, VOCAB
 
 SENTENCE = "the cat sat on a mat and saw old red dog run far away home now then who is what why not"
@@ -41,6 +43,14 @@ def sentence(i: int, length: int = 12) -> str:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def run(command: str, recipe: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write a recipe as users do, run it from the command line, and return its report."""
+    path.write_text(yaml.safe_dump(recipe))
+    cli.main([command, "--config", str(path)])
+    report: dict[str, Any] = json.loads((Path(recipe["output"]) / "report.json").read_text())
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +95,16 @@ def _own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture
+def compression(base: Path, texts: Path, tmp_path: Path) -> dict[str, Any]:
+    """A compression recipe without stages."""
+    return {
+        "model": {"path": str(base), "dtype": "float32"},
+        "data": str(texts / "train.jsonl"),
+        "eval": {"held-out": str(texts / "heldout.jsonl")},
+        "window": 16,
+        "windows": 4,
+        "output": str(tmp_path / "out"),
+    }

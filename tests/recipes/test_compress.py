@@ -8,43 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 import lowrank_ft
 from lowrank_ft import cli
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.pipeline import count
+from tests.recipes.conftest import run
 
 
 @pytest.fixture
-def recipe(base: Path, texts: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": {"path": str(base), "dtype": "float32"},
-        "data": str(texts / "train.jsonl"),
-        "eval": {"held-out": str(texts / "heldout.jsonl")},
-        "window": 16,
-        "windows": 4,
+def recipe(compression: dict[str, Any]) -> dict[str, Any]:
+    return compression | {
         "stages": [
             {"method": "lord", "ratio": 0.25, "align": 1, "calibration": {"length": 16, "samples": 24}},
             {"method": "lora", "rank": 2,
              "train": {"max_steps": 3, "learning_rate": 0.01, "extra": {"disable_tqdm": True}}},
         ],
-        "output": str(tmp_path / "out"),
     }  # fmt: skip
-
-
-def run(recipe: dict[str, Any], path: Path) -> dict[str, Any]:
-    path.write_text(yaml.safe_dump(recipe))
-    cli.main(["compress", "--config", str(path)])
-    report: dict[str, Any] = json.loads((Path(recipe["output"]) / "report.json").read_text())
-    return report
 
 
 def test_corda_recovers_what_was_compressed(recipe: dict[str, Any], tmp_path: Path) -> None:
     looks = {"length": 16, "samples": 12}
     recipe["stages"][1] |= {"method": "corda", "calibration": looks}
-    report = run(recipe, tmp_path / "recipe.yaml")
+    report = run("compress", recipe, tmp_path / "recipe.yaml")
     assert [step["stage"] for step in report["steps"]] == ["dense", "lord 25%", "corda r=2"]
     assert report["reload_difference"] == 0.0
 
@@ -54,7 +41,7 @@ def test_compress_and_recover(
     method: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe["stages"][0]["method"] = method
-    report = run(recipe, tmp_path / "recipe.yaml")
+    report = run("compress", recipe, tmp_path / "recipe.yaml")
     dense, compressed, recovered = report["steps"]
     assert [step["stage"] for step in report["steps"]] == ["dense", f"{method} 25%", "lora r=2"]
     removed = 1 - compressed["parameters"]["blocks"] / dense["parameters"]["blocks"]
@@ -106,12 +93,12 @@ def test_a_recipe_that_calibrates_on_nothing_is_refused(recipe: dict[str, Any], 
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"text": ""}) + "\n")
     with pytest.raises(SystemExit, match="no tokens"):
-        run({**recipe, "data": str(empty)}, tmp_path / "recipe.yaml")
+        run("compress", {**recipe, "data": str(empty)}, tmp_path / "recipe.yaml")
 
 
 def test_compressors_in_a_row(recipe: dict[str, Any], tmp_path: Path) -> None:
     first = {**recipe["stages"][0], "method": "modegpt", "recipe": "paper", "ratio": 0.15}
-    report = run({**recipe, "stages": [first, recipe["stages"][0]]}, tmp_path / "recipe.yaml")
+    report = run("compress", {**recipe, "stages": [first, recipe["stages"][0]]}, tmp_path / "recipe.yaml")
     assert [step["stage"] for step in report["steps"]] == ["dense", "modegpt 15%", "lord 25%"]
     assert report["reload_difference"] == 0.0
 
@@ -119,7 +106,9 @@ def test_compressors_in_a_row(recipe: dict[str, Any], tmp_path: Path) -> None:
 def test_smaller_mlps_for_any_tool(recipe: dict[str, Any], tmp_path: Path) -> None:
     stage = {**recipe["stages"][0], "method": "modegpt", "allocation": "uniform", "ratio": 0.1, "align": 4}
     report = run(
-        {**recipe, "stages": [stage], "targets": ["gate_proj", "up_proj", "down_proj"]}, tmp_path / "r"
+        "compress",
+        {**recipe, "stages": [stage], "targets": ["gate_proj", "up_proj", "down_proj"]},
+        tmp_path / "r",
     )
     directory = str(tmp_path / "out" / "model")
     cli.main(["export", "--model", directory, "--output", str(tmp_path / "small"), "--format", "hf-uniform"])
@@ -131,7 +120,7 @@ def test_smaller_mlps_for_any_tool(recipe: dict[str, Any], tmp_path: Path) -> No
 def test_speed_of_the_export(recipe: dict[str, Any], tmp_path: Path) -> None:
     """`export --format dense` of the compressed model is stock, and computes the same."""
     recipe["stages"] = recipe["stages"][:1]
-    run(recipe, tmp_path / "recipe.yaml")
+    run("compress", recipe, tmp_path / "recipe.yaml")
     directory = str(tmp_path / "out" / "model")
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     cli.main(["export", "--model", directory, "--output", str(tmp_path / "dense"), "--format", "dense"])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lowrank_ft
-from lowrank_ft import cli, engine
+from lowrank_ft import engine
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.modules.quantized import Quantized
+from tests.recipes.conftest import run
 
 TRAIN = {"max_steps": 6, "learning_rate": 0.02, "logging_steps": 1, "extra": {"disable_tqdm": True}}
 LOOKS = {"samples": 24, "gradient_samples": 8, "length": 16}
@@ -27,13 +26,6 @@ def finetune(base: Path, texts: Path, tmp_path: Path) -> dict[str, Any]:
         "train": {**TRAIN, "per_device_train_batch_size": 2, "eval_steps": 3},
         "output": str(tmp_path / "out"),
     }
-
-
-def run(command: str, recipe: dict[str, Any], path: Path) -> dict[str, Any]:
-    path.write_text(yaml.safe_dump(recipe))
-    cli.main([command, "--config", str(path)])
-    report: dict[str, Any] = json.loads((Path(recipe["output"]) / "report.json").read_text())
-    return report
 
 
 def test_qlora(finetune: dict[str, Any], tmp_path: Path) -> None:
@@ -73,19 +65,13 @@ def test_lq_lora_on_a_classifier_trains_its_head(
     assert engine.carries(model)
 
 
-def test_compress_quantise_recover(base: Path, texts: Path, tmp_path: Path) -> None:
-    recipe = {
-        "model": {"path": str(base), "dtype": "float32"},
-        "data": str(texts / "train.jsonl"),
-        "eval": {"held-out": str(texts / "heldout.jsonl")},
-        "window": 16,
-        "windows": 4,
+def test_compress_quantise_recover(compression: dict[str, Any], tmp_path: Path) -> None:
+    recipe = compression | {
         "stages": [
             {"method": "lord", "ratio": 0.25, "align": 1, "calibration": LOOKS},
             {"method": "nf", "budget": 5.0, "objective": "loss", "calibration": LOOKS},
             {"method": "lora", "rank": 2, "train": {**TRAIN, "max_steps": 3}},
         ],
-        "output": str(tmp_path / "out"),
     }
     report = run("compress", recipe, tmp_path / "recipe.yaml")
     assert [step["stage"] for step in report["steps"]] == ["dense", "lord 25%", "nf 5 bits", "lora r=2"]
@@ -97,16 +83,10 @@ def test_compress_quantise_recover(base: Path, texts: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("train", [None, {**TRAIN, "max_steps": 3}], ids=["untrained", "trained"])
-def test_lq_lora_as_a_stage(train: Any, base: Path, texts: Path, tmp_path: Path) -> None:
+def test_lq_lora_as_a_stage(train: Any, compression: dict[str, Any], tmp_path: Path) -> None:
     stage: dict[str, Any] = {"method": "lq_lora", "rank": 2, "bits": 3, "calibration": LOOKS}
-    recipe = {
-        "model": {"path": str(base), "dtype": "float32"},
-        "data": str(texts / "train.jsonl"),
-        "eval": {"held-out": str(texts / "heldout.jsonl")},
-        "window": 16,
-        "windows": 4,
+    recipe = compression | {
         "stages": [stage | ({} if train is None else {"train": train})],
-        "output": str(tmp_path / "out"),
     }
     report = run("compress", recipe, tmp_path / "recipe.yaml")
     assert [step["stage"] for step in report["steps"]] == ["dense", "lq_lora 3 bits r=2"]
@@ -114,13 +94,8 @@ def test_lq_lora_as_a_stage(train: Any, base: Path, texts: Path, tmp_path: Path)
     assert all(row["errors"] for row in report["layers"])
 
 
-def test_a_stage_that_trains_nothing_is_told(base: Path, texts: Path, tmp_path: Path) -> None:
-    recipe = {
-        "model": {"path": str(base)},
-        "data": str(texts / "train.jsonl"),
-        "stages": [{"method": "nf", "train": {"max_steps": 3}}],
-        "output": str(tmp_path / "out"),
-    }
+def test_a_stage_that_trains_nothing_is_told(compression: dict[str, Any], tmp_path: Path) -> None:
+    recipe = compression | {"stages": [{"method": "nf", "train": {"max_steps": 3}}]}
     with pytest.raises((ConfigError, SystemExit), match="trains nothing"):
         run("compress", recipe, tmp_path / "recipe.yaml")
 
