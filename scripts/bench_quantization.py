@@ -79,14 +79,15 @@ def rows() -> Iterator[Row]:
         yield Row(method, bits=2)
     yield Row(f"{ours}, to nearest", bits=2)
     for budget in (2.75, 3.5, 4.0):
-        for method in (ours, fisher):
+        for method in (ours, fisher, activation):
             yield Row(method, budget=budget)
     for budget in (3.0, 2.75):
         for method in (ours, qlora, fisher, activation):
             yield Row(method, budget=budget, steps=30)
+        yield Row(f"{ours}, ranks chosen", budget=budget, steps=30)
     yield Row(f"{ours}, ranks chosen", budget=2.75)
     for draw in (1, 2):
-        for method in (ours, fisher):
+        for method in (ours, activation, fisher):
             yield Row(method, budget=3.0, draw=draw)
 
 
@@ -98,7 +99,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="run only the rows of so many steps")
     parser.add_argument("--draw", type=int, help="run only the rows of this draw")
     parser.add_argument("--plot", type=Path, help="draw perplexity against bits into this file")
-    parser.add_argument("--backwards", action="store_true", help="start from the last row (a second process)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.assets / "smollm2")
@@ -109,7 +109,7 @@ def main() -> None:
     }
     wanted = [row for row in rows() if row.method.startswith(args.only or "")]
     wanted = [row for row in wanted if args.steps in (None, row.steps) and args.draw in (None, row.draw)]
-    for row in reversed(wanted) if args.backwards else wanted:
+    for row in wanted:
         if not common.is_done(asdict(row), common.read(args.results)):  # another process may have come first
             found = {**asdict(row), **measure(row, args, tokenizer, training, corpora)}
             common.append(args.results, [found])
@@ -132,7 +132,9 @@ def measure(
         if not engine.hosts(model):
             lowrank_ft.wrap(model, "lora", rank=RANK)
         lowrank_ft.cast_adapters(model, "float32")
-        train(model, windows(training, tokenizer, 10**6, 256), row.steps)
+        model.train()
+        common.train(model, common.drawn(windows(training, tokenizer, 10**6, 256), row.steps), 5e-4)
+        model.eval()
         lowrank_ft.cast_adapters(model, "bfloat16")
         figures.update(bits_of(model))
     elif row.method == "QLoRA, program":
@@ -190,23 +192,6 @@ def bits_of(model: nn.Module) -> dict[str, float]:
     if not stored:
         return {"stored bits": 32.0, "without factors": 32.0}
     return {"stored bits": (8 * stored + 16 * factors) / weights, "without factors": 8 * stored / weights}
-
-
-def train(model: nn.Module, tokens: Tensor, steps: int) -> None:
-    """Train the adapter for a few steps of 4 × 256 tokens."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 5e-4, total_steps=steps, pct_start=0.1)
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
-    model.train()
-    for step in range(steps):
-        batch = tokens[order[4 * step : 4 * step + 4]]
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-    model.eval()
 
 
 def table(done: list[dict[str, Any]]) -> str:
