@@ -81,6 +81,7 @@ def rows() -> Iterator[Row]:
     for budget in (2.75, 3.5, 4.0):
         for method in (ours, fisher, activation):
             yield Row(method, budget=budget)
+    yield Row("NF, to nearest", bits=3, steps=30)  # plain QLoRA
     for budget in (3.0, 2.75):
         for method in (ours, qlora, fisher, activation):
             yield Row(method, budget=budget, steps=30)
