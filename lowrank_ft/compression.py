@@ -164,7 +164,8 @@ def parse_stage(entry: Mapping[str, Any]) -> Stage:
 
 def _describe(stage: Stage) -> str:
     ratio = getattr(stage.config, "ratio", None)
-    rank = getattr(stage.config, "rank", None)
+    choice = getattr(stage.config, "ranks", ())
+    rank = f"{min(choice)}…{max(choice)}" if choice else getattr(stage.config, "rank", None)
     budget, bits = getattr(stage.config, "budget", None), getattr(stage.config, "bits", None)
     unit = "bits" if getattr(stage.config, "budget_of", "") == "bits" else "MB"
     stored = "" if bits is None else f" {budget:g} {unit}" if budget is not None else f" {bits} bits"
@@ -200,7 +201,8 @@ def _train(model: nn.Module, tokenizer: Any, train: TrainConfig, config: Compres
         data_collator=data.Collator(tokenizer.pad_token_id),
         callbacks=[training.AdapterCheckpoint(), training.StopOnNonFinite()],
     )
-    trainer.train()
+    with training.in_float32(model):
+        trainer.train()
     model.eval()
 
 

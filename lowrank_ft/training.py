@@ -7,8 +7,8 @@ import gc
 import json
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,25 @@ class StopOnNonFinite(TrainerCallback):  # type: ignore[misc]
             f"{culprit}). The weights still hold step {state.global_step}. Lower the learning rate, add "
             f"warm-up, train in float32, or look at the data of this step."
         )
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold factors that are kept in half precision in float32 while they train; round them at the end.
+
+    In half precision most of an optimiser's steps would be rounded away.
+    """
+    kept = {
+        name: dtype
+        for host in engine.hosts(model).values()
+        for name, node in host.nodes.items()
+        if (dtype := getattr(node, "dtype", None)) in ("bfloat16", "float16")
+    }
+    for name in kept:
+        engine.cast_adapters(model, "float32", name)
+    yield
+    for name, dtype in kept.items():
+        engine.cast_adapters(model, dtype, name)
 
 
 # The recipe's config ----------------------------------------------------------------------------------------
@@ -263,7 +282,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
     with nullcontext() if engine.carries(model) else engine.disable(model):
         before, kept_before = measure("before")
-    trainer.train(resume_from_checkpoint=True if config.train.resume else None)
+    with in_float32(model):
+        trainer.train(resume_from_checkpoint=True if config.train.resume else None)
     # Trainer leaves its autocast around the forward; what is measured and compared now is the model's own.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     after, kept_after = measure("after")

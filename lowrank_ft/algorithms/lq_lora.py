@@ -58,7 +58,8 @@ class LQLoRA(QuantizeOptions, LoRAOptions):
     """Stop when a turn lowers the squared error by less than this share."""
     factors: FactorType = "auto"
     """Type of the low-rank part, as the budget counts it: "auto" is float32 (or the layer's), for training;
-    "bfloat16" halves it (see cast_adapters)."""
+    "bfloat16" halves it. Recipes train it in float32 all the same; in your own loop, see
+    cast_adapters."""
     ranks: tuple[int, ...] = ()
     """Ranks that the budget may choose from, in place of one rank."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lowrank_ft
@@ -51,6 +54,26 @@ def test_lq_lora(options: dict[str, Any], finetune: dict[str, Any], tmp_path: Pa
     assert report["reload_difference"] == 0.0
 
 
+def test_half_precision_factors_train_in_float32(finetune: dict[str, Any], tmp_path: Path) -> None:
+    """Steps that bfloat16 would round away arrive, and a run that was stopped goes on exactly."""
+    method = {"name": "lq_lora", "rank": 2, "bits": 3, "factors": "bfloat16", "calibration": LOOKS}
+    finetune |= {"method": method, "train": {**finetune["train"], "learning_rate": 1e-4, "save_steps": 3}}
+    report = run("finetune", finetune, tmp_path / "recipe.yaml")
+    assert report["after"]["loss"] < report["before"]["loss"]
+    assert report["reload_difference"] == 0.0
+    checkpoints = tmp_path / "out" / "checkpoints"
+    on_the_way = load_file(checkpoints / "checkpoint-3" / "adapter" / "model.safetensors")
+    factors = [t for name, t in on_the_way.items() if name.endswith((".A", ".B"))]
+    assert {t.dtype for t in factors} == {torch.float32}
+    assert any((t != t.bfloat16()).any() for t in factors)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
+    assert {p.dtype for n, p in model.named_parameters() if n.endswith((".A", ".B"))} == {torch.bfloat16}
+
+    shutil.rmtree(checkpoints / "checkpoint-6")
+    finetune["train"]["resume"], finetune["check_reload"] = True, False
+    assert run("finetune", finetune, tmp_path / "recipe.yaml")["after"] == report["after"]
+
+
 def test_lq_lora_on_a_classifier_trains_its_head(
     finetune: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +115,13 @@ def test_lq_lora_as_a_stage(train: Any, compression: dict[str, Any], tmp_path: P
     assert [step["stage"] for step in report["steps"]] == ["dense", "lq_lora 3 bits r=2"]
     assert report["reload_difference"] == 0.0
     assert all(row["errors"] for row in report["layers"])
+
+
+def test_chosen_ranks_are_named_and_reported(compression: dict[str, Any], tmp_path: Path) -> None:
+    stage = {"method": "lq_lora", "ranks": [1, 2, 3], "budget": 6.0, "calibration": LOOKS}
+    report = run("compress", compression | {"stages": [stage]}, tmp_path / "recipe.yaml")
+    assert [step["stage"] for step in report["steps"]] == ["dense", "lq_lora 6 bits r=1…3"]
+    assert {row["rank"] for row in report["layers"]} <= {1, 2, 3}
 
 
 def test_a_stage_that_trains_nothing_is_told(compression: dict[str, Any], tmp_path: Path) -> None:
