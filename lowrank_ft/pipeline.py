@@ -286,8 +286,8 @@ def _row(
         "layers": list(site.layers),
         "role": site.role,
         "rank": rank,
-        "parameters before": _size(before),
-        "parameters": _size(after),
+        "parameters before": numbers_in(before),
+        "parameters": numbers_in(after),
         "bytes before": bytes_of(before),
         "bytes": bytes_of(after),
         "predicted": predicted,
@@ -295,7 +295,8 @@ def _row(
     }
 
 
-def _size(modules: Iterable[nn.Module]) -> int:
+def numbers_in(modules: Iterable[nn.Module]) -> int:
+    """Return how many parameters modules have, quantised weights as many as they are."""
     return sum(p.numel() for module in modules for p in module.parameters()) + sum(
         part.weights for module in modules for part in module.modules() if isinstance(part, Quantized)
     )

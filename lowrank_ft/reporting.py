@@ -17,12 +17,11 @@ from tabulate import tabulate
 from torch import nn
 
 from lowrank_ft import engine, layouts, manifest, registry
-from lowrank_ft.checkpoint import files, native
+from lowrank_ft.checkpoint import files
 from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.copied import CopiedNode
 from lowrank_ft.modules.host import Host
-
-ADAPTER_FILES = (native.ADAPTER_FILE, files.INDEX)
+from lowrank_ft.pipeline import count, numbers_in
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _of_model(model: nn.Module) -> Report:
             layouts.role_of(name, module),
             module.structure().kind,
             _describe(module.structure()),
-            sum(p.numel() for p in (module.parts if isinstance(module, Host) else module).parameters()),
+            numbers_in([module.parts if isinstance(module, Host) else module]),
         )
         for name, module in manifest.replacements(model).items()
     ]
@@ -106,7 +105,7 @@ def _of_model(model: nn.Module) -> Report:
         base={},
         adapters=dict(engine.state_of(model).recipes) if found else {},
         active=list(engine.active_adapters(model)),
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_parameters=count(model).total,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         adapter_parameters=sum(p.numel() for p in parts),
         bytes=sum(p.numel() * p.element_size() for p in parts),

@@ -21,9 +21,10 @@ from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, re
 from lowrank_ft import config as configs
 from lowrank_ft.algorithms.base import AdapterConfig, MethodConfig
 from lowrank_ft.algorithms.lora import LoRA
-from lowrank_ft.checkpoint import verify
+from lowrank_ft.checkpoint import files, native, verify
 from lowrank_ft.data import DataConfig
 from lowrank_ft.errors import ConfigError, NonFiniteError, StateError, did_you_mean
+from lowrank_ft.pipeline import count
 
 # Callbacks for any Trainer ----------------------------------------------------------------------------------
 
@@ -217,7 +218,8 @@ class FinetuneResult:
         peak_memory_bytes: of the process (CPU) or the device (GPU), model included.
         trainable_parameters: numbers that were trained.
         total_parameters: numbers in the model, adapter included.
-        adapter_bytes: of the saved adapter directory.
+        adapter_bytes: of the tensors and the index in the saved adapter directory.
+        saves_base: whether the base is among them: one that was changed is saved whole.
         reload_difference: largest difference between the model's logits and those of the saved adapter in a
             fresh process; None where that was not asked for.
         curve: what Trainer logged.
@@ -236,6 +238,7 @@ class FinetuneResult:
     trainable_parameters: int
     total_parameters: int
     adapter_bytes: int
+    saves_base: bool
     reload_difference: float | None
     curve: list[dict[str, float]]
     classes: list[str]
@@ -298,8 +301,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         train_seconds=clock.seconds,
         peak_memory_bytes=reporting.peak_memory_bytes(),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_parameters=count(model).total,
         adapter_bytes=0,
+        saves_base=False,
         reload_difference=None,
         curve=[dict(entry) for entry in trainer.state.log_history],
         classes=found.classes,
@@ -484,13 +488,20 @@ def _write(config: FinetuneConfig, found: tasks.Prepared, result: FinetuneResult
     """Save the adapter, prove that it loads, and write the report."""
     output, model = Path(config.output), found.model
     checkpoint.save(model, output / "adapter", tokenizer=found.processor, figures=dict(rows(result)))
-    size = sum(f.stat().st_size for f in (output / "adapter").iterdir() if f.name in reporting.ADAPTER_FILES)
+    index = files.read_index(output / "adapter")
+    size = sum(f["bytes"] for name, f in index["files"].items() if name.endswith(".safetensors"))
+    size += (output / "adapter" / files.INDEX).stat().st_size
     difference = None
     if config.check_reload:
         probe = found.collate([found.held_out[0]])
         probe.pop("labels")
         difference = verify.reload_difference(model, config.model.path, output / "adapter", probe)
-    result = dataclasses.replace(result, adapter_bytes=size, reload_difference=difference)
+    result = dataclasses.replace(
+        result,
+        adapter_bytes=size,
+        saves_base=native.ADAPTER_FILE not in index["files"],
+        reload_difference=difference,
+    )
     facts = dataclasses.asdict(result)
     (output / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     reporting.plot_curve(result.curve, output / "learning_curve.png")
@@ -516,6 +527,7 @@ def rows(result: FinetuneResult) -> list[tuple[str, str]]:
         for what, value in (("tokens", result.tokens_per_second), ("images", result.images_per_second))
         if value is not None
     ]
+    saved = [(f"{'model' if result.saves_base else 'adapter'} on disk", f"{result.adapter_bytes:,} bytes")]
     share = 100 * result.trainable_parameters / result.total_parameters
     return [
         *lines,
@@ -525,7 +537,7 @@ def rows(result: FinetuneResult) -> list[tuple[str, str]]:
         ("training time", f"{result.train_seconds:.0f} s"),
         ("peak memory", f"{result.peak_memory_bytes / 2**20:.0f} MiB"),
         ("trainable parameters", f"{result.trainable_parameters:,} ({share:.3f} %)"),
-        *([("adapter on disk", f"{result.adapter_bytes:,} bytes")] if result.adapter_bytes else []),
+        *(saved if result.adapter_bytes else []),
         *(
             [("reloaded in a fresh process", _reloaded(result))]
             if result.reload_difference is not None

@@ -38,6 +38,14 @@ def test_qlora(finetune: dict[str, Any], tmp_path: Path) -> None:
     assert report["reload_difference"] == 0.0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
     assert sum(isinstance(m, Quantized) for m in model.modules()) == 14
+    assert report["total_parameters"] == lowrank_ft.report(model).total_parameters
+    plain = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(finetune["model"]["path"]).parameters()
+    )
+    assert report["total_parameters"] == plain + report["trainable_parameters"]
+    saved = (tmp_path / "out" / "adapter" / name for name in ("model.safetensors", "lowrank_ft.json"))
+    assert report["adapter_bytes"] == sum(file.stat().st_size for file in saved)
+    assert report["saves_base"]
     lowrank_ft.unload(model)
 
 
