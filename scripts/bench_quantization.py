@@ -36,6 +36,7 @@ from lowrank_ft.registry import methods
 
 RANK = 8  # of every row's factors, so that they cost the same
 HIGHEST = 200  # perplexity that the plot still shows
+WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # targeted ones of SmolLM2-135M
 RESULTS = Path("docs/results/quantization_smollm2.jsonl")
 PAPER = {"codebook": "nf", "rounding": "nearest", "mode": "paper", "grid": "paper", "iterations": 10}
 # For each line of the table: the method and its options. "factors" leaves room for a LoRA of that rank.
@@ -86,7 +87,8 @@ def rows() -> Iterator[Row]:
         for method in (ours, qlora, fisher, activation):
             yield Row(method, budget=budget, steps=30)
         yield Row(f"{ours}, ranks chosen", budget=budget, steps=30)
-    yield Row(f"{ours}, ranks chosen", budget=2.75)
+    for budget in (2.75, 3.5, 4.0):
+        yield Row(f"{ours}, ranks chosen", budget=budget)
     for draw in (1, 2):
         for method in (ours, activation, fisher):
             yield Row(method, budget=3.0, draw=draw)
@@ -218,26 +220,33 @@ def table(done: list[dict[str, Any]]) -> str:
 
 
 def plot(done: list[dict[str, Any]], path: Path) -> None:
-    """Draw perplexity on Wikipedia against bits with factors, one line for each method; up to 200."""
+    """Draw perplexity on Wikipedia against bits (and bytes) with factors, one line for each method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     dense = next(row for row in done if row["method"] == "dense")
     for steps, style in ((0, "o-"), (30, "^--")):
-        for method in OPTIONS:
+        for number, method in enumerate(OPTIONS):
             mine = [r for r in done if r["method"] == method and r["steps"] == steps and not r["draw"]]
             points = sorted((r["stored bits"], math.exp(r["loss wikipedia"])) for r in mine)
             if points and points[-1][1] < HIGHEST:
                 label = method if not steps else f"{method}, {steps} steps"
-                axes.plot(*zip(*points, strict=True), style, label=label, markersize=5, linewidth=1)
-    axes.axhline(math.exp(dense["loss wikipedia"]), color="grey", linewidth=1, label="dense")
+                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label, ms=5, lw=1)
+    axes.axhline(math.exp(dense["loss wikipedia"]), color="black", linestyle=":", linewidth=1, label="dense")
     axes.set(
         xlabel="bits per weight, scales and factors included", ylabel="perplexity, Wikipedia", yscale="log"
     )
     axes.set_ylim(0.9 * math.exp(dense["loss wikipedia"]), HIGHEST)
+    axes.set_yticks([20, 30, 40, 60, 100, 200])
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    per_bit = WEIGHTS / 8e6
+    top = axes.secondary_xaxis("top", functions=(lambda bits: bits * per_bit, lambda mb: mb / per_bit))
+    top.set_xlabel("MB of the linear layers in blocks")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figure.tight_layout()
