@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, registry, reporting, tasks
@@ -24,6 +25,7 @@ from lowrank_ft.algorithms.lora import LoRA
 from lowrank_ft.checkpoint import files, native, verify
 from lowrank_ft.data import DataConfig
 from lowrank_ft.errors import ConfigError, NonFiniteError, StateError, did_you_mean
+from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.pipeline import count
 
 # Callbacks for any Trainer ----------------------------------------------------------------------------------
@@ -36,16 +38,19 @@ class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
     optimiser, the scheduler and the random states, but not the frozen base; ``trainer.train(resume_from_
     checkpoint=True)`` reads them back. Beside Trainer's own files each has an ``adapter`` directory that
     :func:`lowrank_ft.load` reads. After training, ``save_pretrained`` writes the whole model again.
+
+    Where several processes train, packed weights are sent once, when the trainer is made.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Tell transformers which tensors its checkpoints leave out."""
+        """Tell transformers which tensors its checkpoints leave out, and DDP which it need not send."""
         if not engine.hosts(model):
             raise StateError(
                 "AdapterCheckpoint needs a model with an adapter: wrap() it before the Trainer is made."
             )
         always = getattr(type(model), "_keys_to_ignore_on_save", None) or ()
         model._keys_to_ignore_on_save = sorted(engine.frozen_keys(model).union(always))
+        _share_packed(model)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Put an adapter directory beside Trainer's files."""
@@ -61,6 +66,23 @@ class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Let ``save_pretrained`` write everything again."""
         model.__dict__.pop("_keys_to_ignore_on_save", None)
+
+
+def _share_packed(model: nn.Module) -> None:
+    """Give every process the first one's packed weights, and keep DDP from sending them with every forward.
+
+    They are buffers, all of which DistributedDataParallel broadcasts before each forward: the whole base.
+    """
+    packed = {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, Quantized)
+        for key, tensor in module.packed.items()
+    }
+    if packed and torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in packed.values():
+            torch.distributed.broadcast(tensor.view(torch.uint8), 0)  # bytes: not all backends know all types
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(packed))  # type: ignore[no-untyped-call]
 
 
 class StopOnNonFinite(TrainerCallback):  # type: ignore[misc]

@@ -49,7 +49,12 @@ def launch(
     return torch.load(weights, weights_only=True), report
 
 
-METHODS = {"lora": {"name": "lora", "rank": 2}, "nola": {"name": "nola", "rank": 2, "bases": 8, "bits": 8}}
+LOOKS = {"samples": 24, "gradient_samples": 8, "length": 16}
+METHODS = {
+    "lora": {"name": "lora", "rank": 2},
+    "nola": {"name": "nola", "rank": 2, "bases": 8, "bits": 8},
+    "lq_lora": {"name": "lq_lora", "rank": 2, "bits": 3, "calibration": LOOKS},
+}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from lowrank_ft import cli, training
+from lowrank_ft.modules.quantized import Quantized
 
 
 def main() -> None:
@@ -31,6 +32,14 @@ def main() -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
     assert world == int(expected), f"{world} processes instead of {expected}"
     assert world == 1 or isinstance(wrapped, DistributedDataParallel)
+    if world > 1:  # a packed base is sent once, and not with every forward
+        sent = {id(buffer) for buffer in wrapped.modules_buffers}
+        packed = [t for m in model.modules() if isinstance(m, Quantized) for t in m.packed.values()]
+        assert not sent & {id(tensor) for tensor in packed}
+        own = torch.cat([tensor.view(torch.uint8) for tensor in packed]) if packed else torch.zeros(1)
+        first = own.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(own, first), "the processes hold other packed weights"
     flat = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     if world > 1:
         gathered = [torch.empty_like(flat) for _ in range(world)]
