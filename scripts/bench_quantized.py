@@ -8,6 +8,8 @@ one that imported the same and loaded nothing), beside the bytes of its tensors.
 ``step``: a LoRA training step of rank 16 on a dense base (ours), on packed bases (ours), and on bitsandbytes'
 ``Linear4bit`` under PEFT, interleaved, medians of the rounds' ratios to the first, and what the graph keeps.
 
+``token``: a forward of one token, as in generating one after the other, with the adapter on; in eval mode.
+
 ``program``: the cost table of 210 matrices × 432 configurations, HiGHS and the Lagrangian on it and the gap
 between them; and one decomposition of the model.
 
@@ -131,30 +133,49 @@ def of_step(args: argparse.Namespace) -> list[dict[str, Any]]:
     models = {name: lowrank_ft.wrap(base(args), stages) for name, stages in BASES.items()}
     models["PEFT on Linear4bit"] = peft_on_bitsandbytes(args)
     ids = torch.randint(0, 4000, (2, 256), generator=torch.Generator().manual_seed(0))
-    times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
         model.train()
-    for _ in range(args.rounds + 1):
-        for name, model in models.items():
-            started = time.perf_counter()
-            model(input_ids=ids, labels=ids).loss.backward()
-            times[name].append(time.perf_counter() - started)
-            for p in model.parameters():
-                p.grad = None
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    found = ratios(models, step, args.rounds)
     rows = []
     for name, model in models.items():
-        ratios = [t / d for t, d in zip(times[name][1:], times["dense"][1:], strict=True)]
         loss = model(input_ids=ids, labels=ids).loss
-        kept = saved_bytes(loss, model) / 1e6
-        rows.append(
-            {
-                "base": name,
-                "step ÷ dense": statistics.median(ratios),
-                "graph (MB)": kept,
-            }
-        )
+        rows.append({"base": name, "step ÷ dense": found[name], "graph (MB)": saved_bytes(loss, model) / 1e6})
         del loss
     return rows
+
+
+def of_token(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A forward of one token on each base."""
+    models = {name: lowrank_ft.wrap(base(args), stages).eval() for name, stages in BASES.items()}
+    models["PEFT on Linear4bit"] = peft_on_bitsandbytes(args).eval()
+    ids = torch.tensor([[1]])
+
+    def forward(model: nn.Module) -> None:
+        with torch.no_grad():
+            for _ in range(4):
+                model(input_ids=ids)
+
+    found = ratios(models, forward, args.rounds)
+    return [{"base": name, "token ÷ dense": ratio} for name, ratio in found.items()]
+
+
+def ratios(models: dict[str, nn.Module], run: Callable[[nn.Module], None], rounds: int) -> dict[str, float]:
+    """Return the median over interleaved rounds of each one's time over that of "dense"."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            started = time.perf_counter()
+            run(model)
+            times[name].append(time.perf_counter() - started)
+    return {
+        name: statistics.median(t / d for t, d in zip(own[1:], times["dense"][1:], strict=True))
+        for name, own in times.items()
+    }
 
 
 def peft_on_bitsandbytes(args: argparse.Namespace) -> nn.Module:
@@ -194,7 +215,13 @@ def of_program(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"disk": of_disk, "memory": of_memory, "step": of_step, "program": of_program}
+PARTS = {
+    "disk": of_disk,
+    "memory": of_memory,
+    "step": of_step,
+    "token": of_token,
+    "program": of_program,
+}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ft.errors import NonFiniteError
-from lowrank_ft.quant import codebooks
+from lowrank_ft.quant import codebooks, cpu
 from lowrank_ft.quant.packing import GROUP, look_up, pack_codes, packed_size, unpack_codes
 from lowrank_ft.quant.rounding import Feedback
 from lowrank_ft.quant.scheme import Scheme
@@ -130,8 +130,11 @@ class BlockStorage(Storage):
         first, last = start * columns, stop * columns
         low, high = first // s.block, -(-last // s.block)
         width = s.block * s.bits // 8
-        values = look_up(tensors["codes"][low * width : high * width], tensors["levels"], s.bits)
-        values = values.view(-1, s.block) * self.block_scales(tensors, low, high)[:, None]
+        codes, scales = tensors["codes"][low * width : high * width], self.block_scales(tensors, low, high)
+        if cpu.reads(codes):
+            values = cpu.unpack(codes, tensors["levels"], scales, s.bits, s.block)
+        else:
+            values = look_up(codes, tensors["levels"], s.bits).view(-1, s.block) * scales[:, None]
         flat = values.flatten()[first - low * s.block : last - low * s.block]
         return flat.view(stop - start, columns).to(dtype)
 
@@ -143,6 +146,9 @@ class BlockStorage(Storage):
         from_, to = low // GROUP, -(-high // GROUP)
         codes = unpack_codes(tensors["scales"][from_ * s.scale_bits : to * s.scale_bits], s.scale_bits)
         codes = codes[low - from_ * GROUP : high - from_ * GROUP]
+        if cpu.reads(codes):
+            supers = tensors["supers"].float()
+            return cpu.read_scales(codes, supers, tensors["offset"], self._largest, s.scale_block, low)
         index = torch.arange(low, high, device=codes.device) // s.scale_block
         steps = tensors["supers"].float()[index] / self._largest
         magnitude = (codes & self._largest) * steps + tensors["offset"]

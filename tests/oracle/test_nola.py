@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowrank_ft
-from lowrank_ft import basis, blockwise, engine
+from lowrank_ft import basis, blockwise, compiled, engine
 from lowrank_ft.algorithms.nola import NOLADelta
 from lowrank_ft.basis import cpu, philox
 from lowrank_ft.basis.philox import Stream
@@ -152,9 +152,9 @@ def test_a_compiler_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.warns(RuntimeWarning, match="could not be built.*no such instruction"):
-        assert cpu._library.__wrapped__() is None
+        assert compiled.library.__wrapped__(cpu.SOURCE, cpu.WITHOUT) is None
     monkeypatch.setenv("LOWRANK_FT_NO_COMPILER", "1")
-    assert cpu._library.__wrapped__() is None
+    assert compiled.library.__wrapped__(cpu.SOURCE, cpu.WITHOUT) is None
 
 
 def test_triton_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,6 +593,6 @@ def test_no_library_is_loaded_where_nothing_is_drawn() -> None:
     """Importing the package builds nothing."""
     import subprocess
 
-    code = "import lowrank_ft; from lowrank_ft.basis import cpu; print(cpu._library.cache_info().currsize)"
+    code = "import lowrank_ft; from lowrank_ft import compiled; print(compiled.library.cache_info().currsize)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"

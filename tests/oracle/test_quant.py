@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lowrank_ft.allocation import Option
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.modules.lowrank import LowRankNode
-from lowrank_ft.quant import Scheme, codebooks, program, storage_of
+from lowrank_ft.quant import Scheme, Storage, codebooks, cpu, program, storage_of
 from lowrank_ft.quant.metric import Metric
 from lowrank_ft.quant.packing import look_up, pack_codes, packed_size, unpack_codes
 from lowrank_ft.quant.rounding import Feedback
@@ -181,6 +182,36 @@ def test_storage_is_the_papers_double_quantisation(scheme: Scheme, shape: tuple[
     found = {k: (tuple(t.shape), t.dtype) for k, t in packed.items()}
     assert found == {k: tuple(v) for k, v in storage.shapes(*shape).items()}
     assert storage.bytes(*shape) == sum(t.numel() * t.element_size() for t in packed.values())
+
+
+@pytest.mark.skipif(not cpu.reads(torch.zeros(1)), reason="no C compiler")
+@pytest.mark.parametrize(
+    "scales", [{"scale_bits": 32}, {}, {"scale_bits": 3, "scale_dtype": "bfloat16"}], ids=str
+)
+@pytest.mark.parametrize("codebook", ["nf", "signed"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_kernel_reads_the_bits_of_plain_torch(
+    bits: int, codebook: str, scales: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole and in part, by one thread and by two."""
+
+    def read(storage: Storage, packed: dict[str, Tensor], shape: tuple[int, int]) -> list[Tensor]:
+        ranges = ((0, shape[0]), (shape[0] // 3, shape[0] // 3 + 2), (shape[0] - 1, shape[0]))
+        return [storage.unpack(packed, shape[1], *rows, torch.float32) for rows in ranges]
+
+    threads = torch.get_num_threads()
+    for block, shape in ((16, (7, 37)), (64, (33, 96)), (256, (1024, 640))):
+        storage = storage_of(Scheme(codebook, bits, block, **{"scale_block": 16, **scales}))
+        packed = storage.pack(randn(*shape, seed=bits).float())
+        torch.set_num_threads(1)
+        found = read(storage, packed, shape)
+        torch.set_num_threads(2)
+        found += read(storage, packed, shape)
+        torch.set_num_threads(threads)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "reads", lambda codes: False)
+            expected = read(storage, packed, shape)
+        assert all(torch.equal(a, b) for a, b in zip(found, 2 * expected, strict=True))
 
 
 @pytest.mark.parametrize("codebook", ["nf", "signed", "fitted"])

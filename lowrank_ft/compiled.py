@@ -1,0 +1,86 @@
+"""C kernels: built on first use where the machine has a C compiler, and kept for the next process.
+
+An install needs no compiler: without one, or with ``LOWRANK_FT_NO_COMPILER=1``, plain torch does the same, to
+the same bits. Nothing is downloaded, and what is loaded was built from a source in this package: its place in
+the user's cache is named by a hash of the source and the machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+# Contraction into fused multiply-adds would round in other places than plain torch does.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c99", "-shared", "-fPIC")
+
+
+@functools.cache
+def library(source: Path, without: str) -> ctypes.CDLL | None:
+    """Return the library of a source file, or None where there is no compiler or it fails.
+
+    Args:
+        source: a C file of this package.
+        without: what is slower without it, for the warning.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or os.environ.get("LOWRANK_FT_NO_COMPILER") == "1":
+        return None
+    try:
+        return ctypes.CDLL(str(_built(source, compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"The kernel {source.name} could not be built with {compiler}, so {without}. Set "
+            f"LOWRANK_FT_NO_COMPILER=1 to be asked no more. {detail}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def function(found: ctypes.CDLL | None, name: str) -> ctypes._NamedFuncPointer:
+    """Return a function of a library that is there; it returns nothing."""
+    assert found is not None
+    called: ctypes._NamedFuncPointer = getattr(found, name)
+    called.restype = None
+    return called
+
+
+def at(tensor: Tensor) -> ctypes.c_void_p:
+    """Return the address of a tensor's first element."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _built(source: Path, compiler: str) -> Path:
+    """Return the library, which another process may have built before."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank_ft"
+    name = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, _machine())).encode()).hexdigest()[:16]
+    target = cache / f"{source.stem}-{name}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            built = Path(scratch) / target.name
+            command = [compiler, *FLAGS, "-o", str(built), str(source)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            built.replace(target)  # whole or not there, whoever else builds it now
+    return target
+
+
+def _machine() -> str:
+    """What decides which instructions the processor has: home directories can be shared by many machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
