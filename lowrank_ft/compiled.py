@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -24,36 +25,48 @@ from torch import Tensor
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c99", "-shared", "-fPIC")
 
 
-@functools.cache
-def library(source: Path, without: str) -> ctypes.CDLL | None:
-    """Return the library of a source file, or None where there is no compiler or it fails.
+@dataclass(frozen=True)
+class Kernel:
+    """The functions of one C file.
 
-    Args:
-        source: a C file of this package.
+    Attributes:
+        source: the file, of this package.
         without: what is slower without it, for the warning.
     """
+
+    source: Path
+    without: str
+
+    def available(self) -> bool:
+        """Whether the kernel can run here; the first call builds it."""
+        return library(self) is not None
+
+    def function(self, name: str) -> ctypes._NamedFuncPointer:
+        """Return a function of a kernel that is available; it returns nothing."""
+        found = library(self)
+        assert found is not None
+        called: ctypes._NamedFuncPointer = getattr(found, name)
+        called.restype = None
+        return called
+
+
+@functools.cache
+def library(kernel: Kernel) -> ctypes.CDLL | None:
+    """Return a kernel's library, or None where there is no compiler or it fails."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or os.environ.get("LOWRANK_FT_NO_COMPILER") == "1":
         return None
     try:
-        return ctypes.CDLL(str(_built(source, compiler)))
+        return ctypes.CDLL(str(_built(kernel.source, compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"The kernel {source.name} could not be built with {compiler}, so {without}. Set "
+            f"The kernel {kernel.source.name} could not be built with {compiler}, so {kernel.without}. Set "
             f"LOWRANK_FT_NO_COMPILER=1 to be asked no more. {detail}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-
-
-def function(found: ctypes.CDLL | None, name: str) -> ctypes._NamedFuncPointer:
-    """Return a function of a library that is there; it returns nothing."""
-    assert found is not None
-    called: ctypes._NamedFuncPointer = getattr(found, name)
-    called.restype = None
-    return called
 
 
 def at(tensor: Tensor) -> ctypes.c_void_p:

@@ -73,15 +73,17 @@ def _share_packed(model: nn.Module) -> None:
 
     They are buffers, all of which DistributedDataParallel broadcasts before each forward: the whole base.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
     packed = {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
         if isinstance(module, Quantized)
         for key, tensor in module.packed.items()
     }
-    if packed and torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in packed.values():
-            torch.distributed.broadcast(tensor.view(torch.uint8), 0)  # bytes: not all backends know all types
+    for tensor in packed.values():
+        torch.distributed.broadcast(tensor.view(torch.uint8), 0)  # bytes: not all backends know all types
+    if packed:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(packed))  # type: ignore[no-untyped-call]
 
 
@@ -549,7 +551,7 @@ def rows(result: FinetuneResult) -> list[tuple[str, str]]:
         for what, value in (("tokens", result.tokens_per_second), ("images", result.images_per_second))
         if value is not None
     ]
-    saved = [(f"{'model' if result.saves_base else 'adapter'} on disk", f"{result.adapter_bytes:,} bytes")]
+    saved = f"{'model' if result.saves_base else 'adapter'} on disk"
     share = 100 * result.trainable_parameters / result.total_parameters
     return [
         *lines,
@@ -559,7 +561,7 @@ def rows(result: FinetuneResult) -> list[tuple[str, str]]:
         ("training time", f"{result.train_seconds:.0f} s"),
         ("peak memory", f"{result.peak_memory_bytes / 2**20:.0f} MiB"),
         ("trainable parameters", f"{result.trainable_parameters:,} ({share:.3f} %)"),
-        *(saved if result.adapter_bytes else []),
+        *([(saved, f"{result.adapter_bytes:,} bytes")] if result.adapter_bytes else []),
         *(
             [("reloaded in a fresh process", _reloaded(result))]
             if result.reload_difference is not None

@@ -16,11 +16,9 @@ import argparse
 import copy
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,13 +86,16 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:
             collect.gradients(model, chain, layers, few, Store(Path(scratch)), None)
 
-    found = interleaved({"plain": plain, "inputs": inputs}, args.rounds)
-    back = interleaved({"plain": lambda: plain(few), "gradients": gradients}, 1)
+    found = common.interleaved({"plain": plain, "inputs": inputs}, args.rounds)
+    back = common.interleaved({"plain": lambda: plain(few), "gradients": gradients}, 1)
     return [
-        {"what": "statistics pass / plain forward with its head", "ratio": ratio(found, "inputs", "plain")},
+        {
+            "what": "statistics pass / plain forward with its head",
+            "ratio": f"{common.ratio(found, 'inputs', 'plain'):.3f}",
+        },
         {
             "what": "output gradients / plain forward with its head",
-            "ratio": ratio(back, "gradients", "plain"),
+            "ratio": f"{common.ratio(back, 'gradients', 'plain'):.3f}",
         },
     ]
 
@@ -146,27 +147,13 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
 
         return forward
 
-    found = interleaved({"dense": run(model), "factored": run(compressed)}, 4 * args.rounds + 1)
+    found = common.interleaved({"dense": run(model), "factored": run(compressed)}, 4 * args.rounds + 1)
     return [
-        {"what": "forward, 30% of blocks removed / dense", "ratio": ratio(found, "factored", "dense")},
+        {
+            "what": "forward, 30% of blocks removed / dense",
+            "ratio": f"{common.ratio(found, 'factored', 'dense'):.3f}",
+        },
     ]
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Time each step once a round, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if number:
-                times[name].append(time.perf_counter() - started)
-    return times
-
-
-def ratio(times: dict[str, list[float]], first: str, second: str) -> str:
-    """The median of the rounds' ratios."""
-    return f"{statistics.median(a / b for a, b in zip(times[first], times[second], strict=True)):.3f}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -140,11 +139,17 @@ def of_step(args: argparse.Namespace) -> list[dict[str, Any]]:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
 
-    found = ratios(models, step, args.rounds)
+    times = common.interleaved({name: partial(step, m) for name, m in models.items()}, args.rounds)
     rows = []
     for name, model in models.items():
         loss = model(input_ids=ids, labels=ids).loss
-        rows.append({"base": name, "step ÷ dense": found[name], "graph (MB)": saved_bytes(loss, model) / 1e6})
+        rows.append(
+            {
+                "base": name,
+                "step ÷ dense": common.ratio(times, name, "dense"),
+                "graph (MB)": saved_bytes(loss, model) / 1e6,
+            }
+        )
         del loss
     return rows
 
@@ -160,22 +165,8 @@ def of_token(args: argparse.Namespace) -> list[dict[str, Any]]:
             for _ in range(4):
                 model(input_ids=ids)
 
-    found = ratios(models, forward, args.rounds)
-    return [{"base": name, "token ÷ dense": ratio} for name, ratio in found.items()]
-
-
-def ratios(models: dict[str, nn.Module], run: Callable[[nn.Module], None], rounds: int) -> dict[str, float]:
-    """Return the median over interleaved rounds of each one's time over that of "dense"."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds + 1):
-        for name, model in models.items():
-            started = time.perf_counter()
-            run(model)
-            times[name].append(time.perf_counter() - started)
-    return {
-        name: statistics.median(t / d for t, d in zip(own[1:], times["dense"][1:], strict=True))
-        for name, own in times.items()
-    }
+    times = common.interleaved({name: partial(forward, m) for name, m in models.items()}, args.rounds)
+    return [{"base": name, "token ÷ dense": common.ratio(times, name, "dense")} for name in models]
 
 
 def peft_on_bitsandbytes(args: argparse.Namespace) -> nn.Module:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,20 @@ def drawn(tokens: Tensor, steps: int, size: int = 4) -> list[dict[str, Tensor]]:
     """Return batches of windows of tokens, to be told on, in an order that is always the same."""
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[: size * steps]
     return [{"input_ids": batch, "labels": batch} for batch in torch.split(tokens[order], size)]
+
+
+def interleaved(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Time each step once a round, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if number:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(times: Mapping[str, Sequence[float]], first: str, second: str) -> float:
+    """Return the median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(times[first], times[second], strict=True))

@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_ft import compiled
 from lowrank_ft.basis.philox import Stream
-from lowrank_ft.compiled import at
+from lowrank_ft.compiled import Kernel, at
 
-SOURCE = Path(__file__).with_name("philox.c")
-WITHOUT = "random bases are drawn by plain torch, many times slower"
+KERNEL = Kernel(
+    Path(__file__).with_name("philox.c"), "random bases are drawn by plain torch, many times slower"
+)
 
 _BITS = {torch.float32: 32, torch.float64: 64}
 
 
 def available() -> bool:
     """Whether the kernel can run here; the first call builds it."""
-    return _library() is not None
+    return KERNEL.available()
 
 
 def combine(stream: Stream, coefficients: Tensor, count: int, scale: float) -> Tensor:
@@ -28,7 +28,7 @@ def combine(stream: Stream, coefficients: Tensor, count: int, scale: float) -> T
     coefficients = coefficients.detach().contiguous()
     bits, real = _BITS[coefficients.dtype], _real(coefficients)
     out = coefficients.new_empty(count)
-    compiled.function(_library(), f"combine_{bits}")(
+    KERNEL.function(f"combine_{bits}")(
         *_words(stream), at(coefficients), ctypes.c_int64(len(coefficients)), real(scale), at(out),
         ctypes.c_int64(count),
     )  # fmt: skip
@@ -40,7 +40,7 @@ def project(stream: Stream, gradient: Tensor, bases: int, scale: float) -> Tenso
     gradient = gradient.detach().contiguous()
     out = gradient.new_empty(bases)
     sums = torch.empty(bases, dtype=torch.float64)
-    compiled.function(_library(), f"project_{_BITS[gradient.dtype]}")(
+    KERNEL.function(f"project_{_BITS[gradient.dtype]}")(
         *_words(stream), at(gradient), ctypes.c_int64(len(gradient)), ctypes.c_double(scale), at(out),
         at(sums), ctypes.c_int64(bases),
     )  # fmt: skip
@@ -54,7 +54,3 @@ def _real(tensor: Tensor) -> type[ctypes.c_float] | type[ctypes.c_double]:
 def _words(stream: Stream) -> tuple[ctypes.Array[ctypes.c_uint32], ctypes.Array[ctypes.c_uint32]]:
     pair = ctypes.c_uint32 * 2
     return pair(*stream.key), pair(*stream.tail)
-
-
-def _library() -> ctypes.CDLL | None:
-    return compiled.library(SOURCE, WITHOUT)

@@ -10,19 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_ft import compiled
-from lowrank_ft.compiled import at
+from lowrank_ft.compiled import Kernel, at
 
-SOURCE = Path(__file__).with_name("unpack.c")
-WITHOUT = "packed weights are read by plain torch, several times slower"
+KERNEL = Kernel(
+    Path(__file__).with_name("unpack.c"), "packed weights are read by plain torch, several times slower"
+)
 _SHARE = 2**18  # weights that a thread of its own is worth
 
 
 def reads(codes: Tensor) -> bool:
     """Whether the kernel can read these codes; the first call builds it."""
-    if codes.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return compiled.library(SOURCE, WITHOUT) is not None
+    return codes.device.type == "cpu" and not torch.compiler.is_compiling() and KERNEL.available()
 
 
 def unpack(codes: Tensor, levels: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
@@ -35,7 +33,7 @@ def unpack(codes: Tensor, levels: Tensor, scales: Tensor, bits: int, block: int)
         bits: of a code: 2, 3, 4 or 8.
         block: codes that share a scale, a multiple of 8.
     """
-    run = compiled.function(compiled.library(SOURCE, WITHOUT), "unpack")
+    run = KERNEL.function("unpack")
     codes, levels, scales = (tensor.contiguous() for tensor in (codes, levels, scales))
     blocks = len(scales)
     out = torch.empty(blocks, block)
@@ -69,7 +67,7 @@ def read_scales(
         group: scales that share one.
         first: which one the first code is of.
     """
-    run = compiled.function(compiled.library(SOURCE, WITHOUT), "read_scales")
+    run = KERNEL.function("read_scales")
     codes, supers = codes.contiguous(), supers.contiguous()
     out = torch.empty(len(codes))
     run(
