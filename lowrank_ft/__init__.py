@@ -31,8 +31,8 @@ if TYPE_CHECKING:
         unmerge,
         wrap,
     )
-    from lowrank_ft.reporting import methods, report
-    from lowrank_ft.training import AdapterCheckpoint, StopOnNonFinite
+    from lowrank_ft.recipes.reporting import methods, report
+    from lowrank_ft.recipes.training import AdapterCheckpoint, StopOnNonFinite
 
 _WHERE = {
     "wrap": "engine",
@@ -48,10 +48,10 @@ _WHERE = {
     "save": "checkpoint",
     "load": "checkpoint",
     "export": "checkpoint",
-    "report": "reporting",
-    "methods": "reporting",
-    "AdapterCheckpoint": "training",
-    "StopOnNonFinite": "training",
+    "report": "recipes.reporting",
+    "methods": "recipes.reporting",
+    "AdapterCheckpoint": "recipes.training",
+    "StopOnNonFinite": "recipes.training",
     "LoRA": "algorithms.lora",
     "NF": "algorithms.nf",
     "LQLoRA": "algorithms.lq_lora",

@@ -5,9 +5,11 @@ Nothing heavy is imported before a command is chosen, so that ``lowrank-ft --hel
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +92,24 @@ def _usage() -> str:
 # Commands ---------------------------------------------------------------------------------------------------
 
 
-def _finetune(args: Sequence[str]) -> None:
-    from lowrank_ft import training
+def _module(name: str) -> Any:
+    """Import one of the package's modules: most of them cost torch and transformers, and some a command."""
+    return importlib.import_module(f"lowrank_ft.{name}")
 
+
+def _finetune(args: Sequence[str]) -> None:
+    training = _module("recipes.training")
     training.finetune(parse(training.FinetuneConfig, args, "finetune"))
     training.leave_process_group()
 
 
 def _compress(args: Sequence[str]) -> None:
-    from lowrank_ft import compression
-
+    compression = _module("recipes.compression")
     compression.compress(parse(compression.CompressConfig, args, "compress"))
 
 
 def _evaluate(args: Sequence[str]) -> None:
-    from lowrank_ft import evaluation
-
+    evaluation = _module("recipes.evaluation")
     evaluation.evaluate(parse(evaluation.EvaluateConfig, args, "evaluate"))
 
 
@@ -122,10 +126,9 @@ def _merge(args: Sequence[str]) -> None:
 def _write(
     model: str, adapter: str | None, output: str, format: str, dtype: str, rank: int | None = None
 ) -> None:
-    from lowrank_ft import checkpoint, models
-
+    checkpoint = _module("checkpoint")
     checkpoint.check_format(format)
-    loaded, tokenizer = models.load_any(model, adapter, dtype)
+    loaded, tokenizer = _module("checkpoint.loading").load_any(model, adapter, dtype)
     facts = checkpoint.export(loaded, output, format, tokenizer=tokenizer, rank=rank)
     size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
     print(f"Wrote {output} ({format}, {size:,} bytes).")
@@ -134,24 +137,18 @@ def _write(
 
 
 def _inspect(args: Sequence[str]) -> None:
-    import json
-    from dataclasses import asdict
-
-    from lowrank_ft import reporting
-
     config = parse(InspectConfig, args, "inspect", positional=("directory",))
-    content = reporting.report(config.directory)
+    content = _module("recipes.reporting").report(config.directory)
     print(json.dumps(asdict(content), indent=1) if config.json else content)
 
 
 def _methods(args: Sequence[str]) -> None:
     from tabulate import tabulate
 
-    from lowrank_ft import reporting
-
     if args:
         sys.exit("usage: lowrank-ft methods")
-    print(tabulate(reporting.methods().items(), ("method", "what it is"), "github"))
+    rows = _module("recipes.reporting").methods().items()
+    print(tabulate(rows, ("method", "what it is"), "github"))
 
 
 @dataclass(frozen=True)
@@ -208,8 +205,6 @@ def _method_config(args: Sequence[str]) -> Any:
     """Find which method is meant before its options can be parsed."""
     import yaml
 
-    from lowrank_ft import registry
-
     name = "lora"
     given = dict(_options(args))
     for key in ("config", "method"):  # a recipe's file, then a method's own, then the command line
@@ -217,7 +212,7 @@ def _method_config(args: Sequence[str]) -> Any:
             content = yaml.safe_load(Path(given[key]).read_text(encoding="utf-8")) or {}
             section = content.get("method", {}) if key == "config" else content
             name = section.get("name", name)
-    return registry.methods[given.get("method.name", name)]
+    return _module("structure.registry").methods[given.get("method.name", name)]
 
 
 def _options(args: Sequence[str]) -> list[tuple[str, str]]:

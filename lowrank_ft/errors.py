@@ -30,6 +30,10 @@ class CheckpointError(LowRankError, ValueError):
     """A checkpoint is damaged, incomplete, unsafe, or made for another base model."""
 
 
+class StorageError(LowRankError, OSError):
+    """There is too little room on a disk for what is to be written."""
+
+
 class NonFiniteError(LowRankError, ArithmeticError):
     """A loss or gradient became NaN or infinite."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from lowrank_ft import models
+from lowrank_ft.recipes import models
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "outputs" / "demo"

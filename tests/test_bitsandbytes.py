@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import lowrank_ft
 from lowrank_ft import engine
-from lowrank_ft.adoption import adopted
+from lowrank_ft.engine.adoption import adopted
 from lowrank_ft.errors import LowRankError, StateError, TargetError
-from lowrank_ft.manifest import describe
 from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.quant import Scheme, storage_of
+from lowrank_ft.structure.manifest import describe
 from tests.tiny import TINY, VOCAB, logits, perturb
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lowrank_ft
-from lowrank_ft import engine, sites
-from lowrank_ft.allocation import Option, allocate, uniform
+from lowrank_ft import engine
+from lowrank_ft.anatomy import sites
 from lowrank_ft.calibration import batches as batching
-from lowrank_ft.calibration import collect, stream
+from lowrank_ft.calibration import collect, losses, probes, stream
 from lowrank_ft.calibration.batches import Calibration
-from lowrank_ft.calibration.store import Known, Store
+from lowrank_ft.calibration.store import Store, StoredStatistics
+from lowrank_ft.engine import pipeline
 from lowrank_ft.errors import ConfigError, LowRankError, NonFiniteError, StateError, TargetError
+from lowrank_ft.solve.allocation import Option, allocate, uniform
 from tests.contract.test_contract import assert_same_state, state
 from tests.recipes.conftest import make_tokenizer, sentence
 from tests.tiny import TINY
@@ -40,10 +42,12 @@ def data_for(name: str, dtype: torch.dtype = torch.float64) -> list[dict[str, Te
     return [batch, {key: value.flip(0) for key, value in batch.items()}]
 
 
-def gather(name: str, model: nn.Module, chain: Any, path: Path, targets: Any = "all-linear") -> Known:
+def gather(
+    name: str, model: nn.Module, chain: Any, path: Path, targets: Any = "all-linear"
+) -> StoredStatistics:
     chosen = sites.select(model, targets)
     modules = {site.names[0]: site.modules[0] for site in chosen}
-    known = Known(*(Store(path / kind) for kind in ("inputs", "gradients", "probes")))
+    known = StoredStatistics(*(Store(path / kind) for kind in ("inputs", "gradients", "probes")))
     collect.inputs(model, chain, modules, data_for(name), known.inputs)
     batches = data_for(name)
     collect.gradients(model, chain, modules, batches, known.gradients, None, fisher=True, weighted=True)
@@ -68,8 +72,8 @@ def test_streaming_equals_hooks_on_the_whole_model(name: str, tmp_path: Path) ->
             torch.testing.assert_close(found.C, x.T @ x / len(x))
             torch.testing.assert_close(found.mean, x.mean(0))
             G = g.T @ g / len(g)
-            if found.pulled is not None:
-                torch.testing.assert_close(found.pulled, weight.T @ G @ weight)
+            if found.WtGW is not None:
+                torch.testing.assert_close(found.WtGW, weight.T @ G @ weight)
                 torch.testing.assert_close(found.G_diagonal, G.diagonal())
             else:
                 torch.testing.assert_close(found.G, G)
@@ -86,7 +90,7 @@ def test_fisher_means_are_those_of_one_gradient_a_sequence(tmp_path: Path) -> No
         for row in range(2):
             single = {key: value[row : row + 1] for key, value in batch.items()}
             output = model(**{key: value for key, value in single.items() if key != "labels"})
-            loss = collect.summed_loss(model, single, output)
+            loss = losses.summed_loss(model, single, output)
             weights = [model.get_submodule(name).weight for name in squares]
             for name, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
                 squares[name] += gradient**2
@@ -126,7 +130,7 @@ def test_probing_block_by_block_is_probing_the_whole_model(name: str, tmp_path: 
     before, found = state(model), []
     for where, chain in (("a", stream.find_chain(model, data[0])), ("b", None)):
         store = Store(tmp_path / where)
-        collect.sensitivities(model, chain, modules, data, store)
+        probes.sensitivities(model, chain, modules, data, store)
         found.append({layer: float(store.read(layer)["sensitivity"]) for layer in modules})
     for layer in modules:
         assert found[0][layer] > 0
@@ -141,7 +145,7 @@ def test_sensitivity_of_a_linear_model_is_known(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double().eval()
     batch = {"input": torch.randn(4000, 6, dtype=torch.float64)}
     store = Store(tmp_path)
-    collect.sensitivities(net, None, {"0": net[0], "1": net[1]}, [batch], store)
+    probes.sensitivities(net, None, {"0": net[0], "1": net[1]}, [batch], store)
     assert float(store.read("1")["sensitivity"]) == pytest.approx(0.5, rel=1e-9)
     expected = 0.5 * float((net[1].weight.detach() ** 2).sum()) / 5
     # The mean of 4000 quadratic forms: a relative deviation of sqrt(2/4000) at most, three of them here.
@@ -167,7 +171,7 @@ def by_hand(model: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, tuple[
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
         for handle in handles:
             handle.remove()
-        loss = collect.summed_loss(model, batch, output)
+        loss = losses.summed_loss(model, batch, output)
         slopes = torch.autograd.grad(loss, [out for _, out in caught.values()])
         mask = batch.get("attention_mask")
         for (name, (x, _)), slope in zip(caught.items(), slopes, strict=True):
@@ -187,7 +191,7 @@ def test_hidden_states_on_disk_change_nothing(name: str, tmp_path: Path) -> None
     for layer in kept:
         # The same numbers; but strides are not kept, so kernels may add them up in another order.
         torch.testing.assert_close(kept[layer].C, shelved[layer].C, rtol=1e-12, atol=1e-12)
-        for quantity in ("G", "pulled"):
+        for quantity in ("G", "WtGW"):
             ours, theirs = getattr(kept[layer], quantity), getattr(shelved[layer], quantity)
             assert (ours is None) == (theirs is None)
             if ours is not None:
@@ -304,7 +308,7 @@ def test_an_encoder_without_a_head_is_weighed_by_all_it_gives_back() -> None:
     model = BertModel(BertConfig(vocab_size=50, **sizes)).eval()
     batch = {"input_ids": torch.randint(3, 50, (30, 8))}
     first, second = (
-        collect.summed_loss(model, b, model(**b)).item()
+        losses.summed_loss(model, b, model(**b)).item()
         for b in (batch, {"input_ids": batch["input_ids"].flip(0)})
     )
     assert first != second  # each batch has its own noise
@@ -384,7 +388,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM  # imported once, not in every fork
-from lowrank_ft import pipeline
+from lowrank_ft.engine import pipeline
 from lowrank_ft.calibration.store import Store
 from tests.contract.cases import Case
 
@@ -464,13 +468,18 @@ def test_other_targets_gather_only_what_is_missing(tmp_path: Path) -> None:
 
     few = ["q_proj", "k_proj", "down_proj"]
     assert ranks(True, few) == ranks(False, few)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.safetensors")}
+
+    def written() -> dict[Path, int]:
+        paths = [p for kind in ("inputs", "gradients") for p in tmp_path.glob(f"{kind}-*/*.safetensors")]
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before = written()
     # Autograd adds a block's gradients up in another order when it is asked for others: float32 rounding.
     assert ranks(True, "all-linear") == pytest.approx(ranks(False, "all-linear"), rel=1e-4)
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.safetensors")}
+    after = written()
     assert before.items() < after.items()
     assert ranks(True, ["o_proj"]) == pytest.approx(ranks(False, ["o_proj"]), rel=1e-4)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.safetensors")} == after
+    assert written() == after
 
 
 def test_what_is_cached_belongs_to_a_config(tmp_path: Path) -> None:
@@ -494,7 +503,7 @@ def test_a_run_with_a_loss_of_its_own_leaves_no_layers_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def half(model: Any, batch: Any, output: Any) -> Tensor:
-        return 0.5 * collect.summed_loss(model, batch, output)
+        return 0.5 * losses.summed_loss(model, batch, output)
 
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -503,13 +512,13 @@ def test_a_run_with_a_loss_of_its_own_leaves_no_layers_behind(
     data = [TINY["llama"].inputs()] * 3
     for loss, left in ((half, 0), (None, 1)):
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "replace", killed)
+            patch.setattr(pipeline, "replace", killed)
             with pytest.raises(KeyboardInterrupt):
                 lowrank_ft.wrap(TINY["llama"].model(), "lord", data=data, loss=loss, **settings)
         assert len(list(tmp_path.glob("journal-*"))) == left
     targets = ["q_proj", "down_proj"]
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "replace", killed)
+        patch.setattr(pipeline, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             lowrank_ft.wrap(TINY["llama"].model(), "lord", data=data, targets=targets, **settings)
     assert len(list(tmp_path.glob("journal-*"))) == 2
@@ -529,7 +538,7 @@ def test_more_gradients_are_not_fewer_from_the_cache(tmp_path: Path) -> None:
         return [row["predicted"] for row in engine.stages_of(model)[0]["layers changed"]]
 
     def half(model: Any, batch: Any, output: Any) -> Tensor:
-        return 0.5 * collect.summed_loss(model, batch, output)
+        return 0.5 * losses.summed_loss(model, batch, output)
 
     few, many = ranks(tmp_path, 1), ranks(tmp_path, 8)
     assert few != many

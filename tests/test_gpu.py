@@ -10,6 +10,7 @@ import torch
 
 import lowrank_ft
 from lowrank_ft import engine
+from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.quantized import Quantized
 from tests.contract.cases import Case
 from tests.tiny import TINY, logits, perturb
@@ -102,7 +103,7 @@ def test_corda_starts_where_the_model_is(name: str, mode: str) -> None:
     there = case.wrap(case.tiny.model(torch.float64).cuda())
     assert {t.device.type for t in there.state_dict().values()} == {"cuda"}
     for path, host in engine.hosts(here).items():
-        if isinstance(host, engine.Adapted):
+        if isinstance(host, Adapted):
             deltas = [h.deltas["default"] for h in (host, engine.hosts(there)[path])]
             starts = [(delta.B @ delta.A).detach().cpu() for delta in deltas]
             torch.testing.assert_close(*starts, rtol=1e-6, atol=1e-8)

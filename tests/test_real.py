@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.checkpoint import verify
-from lowrank_ft.pipeline import count
+from lowrank_ft.engine.counting import count
 from tests.tiny import perturb
 
 pytestmark = pytest.mark.real

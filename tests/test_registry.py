@@ -3,98 +3,83 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from lowrank_ft import registry
 from lowrank_ft.algorithms.lora import LoRA, LoRAMethod, LoRANode
 from lowrank_ft.errors import ConfigError, RegistryError
-from tests.contract import cases, test_contract
+from lowrank_ft.structure import registry
+from tests.contract import cases, test_compressors, test_contract
 from tests.tiny import TINY
 
-TOY = '''\
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from lowrank_ft.algorithms.base import AdapterConfig, Family, Method
-from lowrank_ft.modules.delta import Delta, DeltaNode
-from lowrank_ft.registry import register_method, register_node
+CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 
 
-@dataclass(frozen=True)
-class Scale(AdapterConfig):
-    """Scale: one trained factor for each output."""
-
-
-@register_node
-@dataclass(frozen=True)
-class ScaleNode(DeltaNode):
-    kind: ClassVar[str] = "toy"
-
-    def delta(self, layer):
-        return ScaleDelta(self, layer)
-
-
-class ScaleDelta(Delta):
-    def __init__(self, node, layer):
-        super().__init__(node, layer)
-        self.factor = self.new_parameter(layer.out_features)
-
-    def weight(self):
-        return self.factor[:, None] * self.layer.matrix().to(self.factor.dtype)
-
-
-@register_method
-class ScaleMethod(Method[Scale]):
-    name, family, Config = "toy", Family.ADAPTER, Scale
-
-    def structure(self, site, share):
-        return {name: ScaleNode() for name in site.names}
-
-    def values(self, site, new, statistics):
-        for delta in new.values():
-            torch.nn.init.zeros_(delta.factor)
-'''
+def toys() -> dict[str, str]:
+    """The methods that CONTRIBUTING.md shows, by name: whoever copies one gets what is tested here."""
+    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL)
+    return {re.findall(r'name, family, Config = "([a-z-]+)"', block)[0]: block for block in blocks}
 
 
 @pytest.fixture
-def toy(tmp_path: Path) -> Iterator[None]:
+def toy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Register a toy method for one test."""
+    name = request.param
     path = tmp_path / "toy_method.py"
-    path.write_text(TOY)
+    path.write_text(toys()[name])
     spec = importlib.util.spec_from_file_location("toy_method", path)
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    yield
-    registry.methods.remove("toy")
-    registry.nodes.remove("toy")
+    yield name
+    registry.methods.remove(name)
+    if name in registry.nodes:
+        registry.nodes.remove(name)
 
 
-def test_a_toy_method_takes_under_thirty_lines() -> None:
-    assert len([line for line in TOY.splitlines() if line.strip()]) < 30  # imports and all
+@pytest.mark.parametrize(("name", "most"), [("toy", 30), ("toy-svd", 42)])
+def test_a_toy_method_takes_few_lines(name: str, most: int) -> None:
+    assert len([line for line in toys()[name].splitlines() if line.strip()]) < most  # imports and all
 
 
-CONTRACT = [getattr(test_contract, name) for name in dir(test_contract) if name.startswith("test_")]
+def promises_of(module: ModuleType) -> list[Any]:
+    """The tests of a contract that take a case."""
+    functions = [getattr(module, name) for name in dir(module) if name.startswith("test_")]
+    return [f for f in functions if "case" in f.__code__.co_varnames[: f.__code__.co_argcount]]
 
 
-@pytest.mark.parametrize("test", CONTRACT, ids=lambda t: t.__name__)
-@pytest.mark.parametrize("model", TINY)
-def test_the_contract_holds_for_a_toy_method(model: str, test: object, toy: None, tmp_path: Path) -> None:
-    (case,) = [c for c in cases.cases_of("toy") if c.model == model]
-    options = {"case": case, "tmp_path": tmp_path}
+def call(test: Any, case: cases.Case, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"case": case, "tmp_path": tmp_path}
     for mark in getattr(test, "pytestmark", []):
         if mark.args[0] == "dtype":
             options["dtype"] = mark.args[1][0]
-    wanted = test.__code__.co_varnames[: test.__code__.co_argcount]  # type: ignore[attr-defined]
-    test(**{name: options[name] for name in wanted})  # type: ignore[operator]
+    wanted = test.__code__.co_varnames[: test.__code__.co_argcount]
+    test(**{name: options[name] for name in wanted})
+
+
+@pytest.mark.parametrize("toy", ["toy"], indirect=True)
+@pytest.mark.parametrize("test", promises_of(test_contract), ids=lambda t: t.__name__)
+@pytest.mark.parametrize("model", TINY)
+def test_the_contract_holds_for_a_toy_adapter(model: str, test: Any, toy: str, tmp_path: Path) -> None:
+    (case,) = [c for c in cases.cases_of(toy) if c.model == model]
+    call(test, case, tmp_path)
+
+
+@pytest.mark.parametrize("toy", ["toy-svd"], indirect=True)
+@pytest.mark.parametrize("test", promises_of(test_compressors), ids=lambda t: t.__name__)
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert"])
+def test_the_contract_holds_for_a_toy_compressor(model: str, test: Any, toy: str, tmp_path: Path) -> None:
+    (case,) = [c for c in cases.cases_of(toy) if c.model == model]
+    call(test, case, tmp_path)
 
 
 def test_a_duplicate_name_raises() -> None:
@@ -136,7 +121,7 @@ def test_a_plugin_that_fails_to_import_raises_and_says_which(
 
 def test_an_installed_plugin_is_found(tmp_path: Path) -> None:
     """A real distribution with an entry point, in a fresh process."""
-    (tmp_path / "toy_method.py").write_text(TOY)
+    (tmp_path / "toy_method.py").write_text(toys()["toy"])
     info = tmp_path / "toy-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")

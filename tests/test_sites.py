@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lowrank_ft
-from lowrank_ft import engine, layouts, sites
+from lowrank_ft import engine
+from lowrank_ft.anatomy import layouts, sites
 from lowrank_ft.errors import ConfigError, StateError, TargetError
 from tests.tiny import TINY, logits, perturb
 

@@ -12,14 +12,15 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
+from lowrank_ft.anatomy.sites import Site, check_patterns, lookup
 from lowrank_ft.calibration.batches import Calibration
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.manifest import Node
 from lowrank_ft.modules.delta import DeltaNode
 from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.quant.scheme import Scheme
-from lowrank_ft.sites import Site, check_patterns, lookup
+from lowrank_ft.solve.allocation import Handle, Option
+from lowrank_ft.structure.node import Node
 
 FactorType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -145,23 +146,37 @@ class Counts:
 
 @dataclass(frozen=True)
 class Share:
-    """What the plan gives one site.
+    """What :meth:`Method.choose` gives one site.
 
     Attributes:
         rank: of what is put there; None leaves the site as it is, or its layers to ``ranks``.
-        predicted: predicted rise of the model's loss, where the method predicts one.
+        predicted: predicted rise of the model's loss, in nats per token, where the method predicts one.
         ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
             divides over the widths of a group that has several.
         scheme: how the site's weights are stored, where they are quantised.
+        handle: what :meth:`Method.options` worked out for :meth:`Method.values`; empty where it kept nothing.
     """
 
     rank: int | None = None
     predicted: float | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     scheme: Scheme | None = None
+    handle: Handle = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, option: Option, *, predicts: bool) -> Share:
+        """Return the share that an option stands for.
+
+        Args:
+            option: what was chosen.
+            predicts: whether its loss is in nats, and so a prediction.
+        """
+        predicted = option.loss if predicts else None
+        return cls(option.rank, predicted, option.ranks, option.scheme, option.handle)
 
 
 Statistics = Mapping[str, SiteStatistics]
+Options = Mapping[str, Sequence[Option]]  # by the name of the site
 
 
 class Method(ABC, Generic[ConfigT]):
@@ -172,12 +187,15 @@ class Method(ABC, Generic[ConfigT]):
         family: when it may be applied.
         Config: its options.
         trains: whether it leaves an adapter: all of that family do.
+        spending: fields of the config that say how a budget is spent, and change nothing in an option.
+            Options in the cache serve a run with other values of these.
     """
 
     name: ClassVar[str]
     family: ClassVar[Family]
     Config: ClassVar[type[MethodConfig]]
     trains: ClassVar[bool] = False
+    spending: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """An adapter trains."""
@@ -207,16 +225,29 @@ class Method(ABC, Generic[ConfigT]):
         """Return the statistics that the method asks for with its present options; none by default."""
         return frozenset()
 
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+    def options(self, site: Site, statistics: Statistics) -> list[Option]:
+        """Return what may become of one site, of which :meth:`choose` takes one; none by default.
+
+        The engine calls it for one site after another, or for several at once in threads, keeps the answer
+        in the calibration cache, and drops the site's statistics afterwards. So it looks at nothing but its
+        arguments and the config.
+
+        Args:
+            site: where the method acts.
+            statistics: what :meth:`needs` asked for, by layer name.
+        """
+        return []
+
+    def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
         """Decide what each site gets; by default one rank for all, and the exceptions by pattern.
 
         Args:
             sites: where the method acts.
-            statistics: what :meth:`needs` asked for, by layer name.
+            options: what :meth:`options` returned, by the site's name.
             counts: the model's parameters.
 
         Raises:
-            ConfigError: a rank above min(out, in) of its layer.
+            ConfigError: a rank above min(out, in) of its layer; a budget that cannot be met.
             TargetError: a pattern in the config that matches no site.
         """
         if not isinstance(self.config, LowRankConfig):
@@ -247,13 +278,17 @@ class Method(ABC, Generic[ConfigT]):
         """
         return {}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any] | None:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> Mapping[str, Any] | None:
         """Fill the modules that :meth:`structure` led to; the site still has its old ones.
 
         Args:
             site: the site.
             new: the modules to fill, by name.
             statistics: what :meth:`needs` asked for, by layer name.
+            handle: the chosen option's, where it has one: what was worked out on these same statistics. None
+                where the statistics are others (sequential calibration), so that all is worked out again.
 
         Returns:
             Facts for the report, plain data, or None.

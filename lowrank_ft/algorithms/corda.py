@@ -20,14 +20,15 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from lowrank_ft import linalg
-from lowrank_ft.algorithms.base import Counts, Family, Method, Need, Share, Statistics
+from lowrank_ft import solve
+from lowrank_ft.algorithms.base import Counts, Family, Method, Need, Options, Share, Statistics
 from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, LoRAOptions
+from lowrank_ft.anatomy.sites import Site
 from lowrank_ft.calibration.batches import Calibration
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
-from lowrank_ft.registry import register_method
-from lowrank_ft.sites import Site
+from lowrank_ft.solve.allocation import Handle, Option
+from lowrank_ft.structure.registry import register_method
 
 
 @dataclass(frozen=True)
@@ -90,21 +91,25 @@ class CorDAMethod(Method[CorDA]):
         if self.config.budget is None:
             self._rank(site)
 
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+    def options(self, site: Site, statistics: Statistics) -> list[Option]:
+        """Return the layer's spectrum, where a budget is spent by it; nothing else is to be chosen."""
+        if self.config.budget is None:
+            return []
+        layer = layer_of(site.modules[0])
+        moment = self._moment(site, layer, statistics)
+        spectrum = solve.output_spectrum(layer.matrix(), moment, squared=self._squared)
+        return [Option(None, 0, 0.0, handle={"spectrum": spectrum})]
+
+    def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
         """Give each layer its rank.
 
         Raises:
             ConfigError: a rank above min(out, in) of its layer; a budget below rank 1 for all.
         """
         if self.config.budget is None:
-            return super().plan(sites, statistics, counts)
+            return super().choose(sites, options, counts)
         layers = [layer_of(site.modules[0]) for site in sites]
-        spectra = [
-            linalg.output_spectrum(
-                layer.matrix(), self._moment(site, layer, statistics), squared=self._squared
-            )
-            for site, layer in zip(sites, layers, strict=True)
-        ]
+        spectra = [options[site.name][0].handle["spectrum"] for site in sites]
         prices = [layer.out_features + layer.in_features for layer in layers]
         ranks = spread(spectra, prices, self.config.budget, smallest=self.config.mode == "knowledge")
         return [Share(rank) for rank in ranks]
@@ -113,13 +118,15 @@ class CorDAMethod(Method[CorDA]):
         """Return one LoRA a layer, measured from its start."""
         return {site.names[0]: self.config.node(site, cast(int, share.rank), anchored=True)}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> None:
         """Start from the weight, projected on directions of its output; the delta is zero."""
         delta, layer = cast(LoRADelta, new[site.names[0]]), layer_of(site.modules[0])
         weight, C = layer.matrix().detach().double(), self._moment(site, layer, statistics)
         last = self.config.mode == "knowledge"
-        U, S = linalg.output_directions(weight, C, delta.node.rank, squared=self._squared, last=last)
-        factors = linalg.Factors(U, U.T @ weight)
+        U, S = solve.output_directions(weight, C, delta.node.rank, squared=self._squared, last=last)
+        factors = solve.Factors(U, U.T @ weight)
         if self.config.factors == "balanced":
             factors = factors.balanced()
         else:
@@ -129,7 +136,7 @@ class CorDAMethod(Method[CorDA]):
                     f"The second moment of the input of {site.names[0]} is singular, where factors='paper' "
                     f"is not defined: use more calibration data, or factors='balanced'."
                 )
-            factors = linalg.Factors(U * S.sqrt(), factors.A / S.sqrt()[:, None])
+            factors = solve.Factors(U * S.sqrt(), factors.A / S.sqrt()[:, None])
         root = delta.node.scale**0.5
         delta.start_from(factors.B / root, factors.A / root)
 

@@ -22,14 +22,15 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft import linalg
-from lowrank_ft.algorithms.base import Counts, Family, Method, Share, Statistics, generator_for
+from lowrank_ft import solve
+from lowrank_ft.algorithms.base import Counts, Family, Method, Options, Share, Statistics, generator_for
 from lowrank_ft.algorithms.lora import ScaledOptions
+from lowrank_ft.anatomy.sites import Site, lookup
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
-from lowrank_ft.registry import register_method, register_node
-from lowrank_ft.sites import Site, lookup
+from lowrank_ft.solve.allocation import Handle
+from lowrank_ft.structure.registry import register_method, register_node
 
 FactorStart = Literal["kaiming-normal", "kaiming-uniform", "gaussian", "hosvd", "lora"]
 Ranks = tuple[int | None, ...]
@@ -164,7 +165,7 @@ class FLoRADelta(Delta):
 
     def weight(self) -> Tensor:
         """Return ``ΔW``, ``out × in``."""
-        whole = linalg.tucker(self.core, list(self.factors.values()))
+        whole = solve.tucker(self.core, list(self.factors.values()))
         return self.layer.tensor_to_matrix(whole) * self.node.scale
 
     def as_lora(self) -> LowRankForm | None:
@@ -180,7 +181,7 @@ class FLoRADelta(Delta):
             return LowRankForm(self.core @ inner.T, outer, self.node.scale)
         if layer.modes[0] != "out" and cast(ConvLayer, layer).groups > 1:
             return None
-        rest = linalg.tucker(self.core, [None if m == "out" else f for m, f in factors.items()])
+        rest = solve.tucker(self.core, [None if m == "out" else f for m, f in factors.items()])
         if layer.modes[0] != "out":
             rest = rest.transpose(0, 1)
         A = rest.flatten(1)
@@ -199,7 +200,7 @@ class FLoRADelta(Delta):
             return layer.run_matrix(x, self.weight())
         factors = self.factors
         kernel = [None if mode in ("out", "in") else factor for mode, factor in factors.items()]
-        core = linalg.tucker(self.core, kernel) * self.node.scale
+        core = solve.tucker(self.core, kernel) * self.node.scale
         return layer.run_tucker(x, factors["out"], core, factors["in"])
 
     def joins_weight(self, x: Tensor) -> bool:
@@ -261,7 +262,7 @@ class FLoRAMethod(Method[FLoRA]):
     family = Family.ADAPTER
     Config = FLoRA
 
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+    def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
         """Give each layer's channels a rank; ranks above an axis are bounded by it.
 
         Raises:
@@ -305,7 +306,9 @@ class FLoRAMethod(Method[FLoRA]):
         ranks = self.config.ranks_of(layer_of(site.modules[0]), rank)
         return {name: FLoRANode(ranks, self.config.scale_of(name, rank), self.config.dropout)}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> None:
         """Start with ``ΔW = 0``: the core zero, the factors not."""
         (name,) = site.names
         delta = cast(FLoRADelta, new[name])
@@ -318,7 +321,7 @@ class FLoRAMethod(Method[FLoRA]):
             delta.core.zero_()
             for mode, factor in enumerate(delta.factors.values()):
                 if factor is not None and self.config.init == "hosvd":
-                    factor.copy_(linalg.leading(layer.tensor().double(), mode, factor.shape[1]))
+                    factor.copy_(solve.leading(layer.tensor().double(), mode, factor.shape[1]))
                 elif factor is not None:
                     factor.copy_(_random(factor.shape, self.config.init, generator))
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft import linalg
+from lowrank_ft import solve
 from lowrank_ft.algorithms.base import (
     FactorType,
     Family,
@@ -32,11 +32,12 @@ from lowrank_ft.algorithms.base import (
     Statistics,
     generator_for,
 )
+from lowrank_ft.anatomy.sites import Site, check_patterns, lookup
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.layer import Layer, layer_of
-from lowrank_ft.registry import register_method, register_node
-from lowrank_ft.sites import Site, check_patterns, lookup
+from lowrank_ft.solve.allocation import Handle
+from lowrank_ft.structure.registry import register_method, register_node
 
 Scaling = Literal["standard", "rslora"]
 Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
@@ -224,7 +225,9 @@ class LoRAMethod(Method[LoRA]):
         anchored = self.config.init in ("pissa", "olora")
         return {site.names[0]: self.config.node(site, cast(int, share.rank), anchored=anchored)}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> None:
         """Start with ``ΔW = 0``."""
         (name,) = site.names
         delta = cast(LoRADelta, new[name])
@@ -260,9 +263,9 @@ def _start_from_weight(delta: LoRADelta, W: Tensor, start: Start) -> None:
     """Fill both factors, and the frozen start, from W: its leading singular triples, or its QR factors."""
     rank, scale = delta.node.rank, delta.node.scale
     if start == "pissa":
-        U, S, Vt = linalg.truncated_svd(W, rank)
+        U, S, Vt = solve.truncated_svd(W, rank)
         root = (S / scale).sqrt()
         B, A = U * root, root[:, None] * Vt
     else:  # OLoRA leaves the scale out: its base loses scale · Q R
-        B, A = linalg.thin_qr(W, rank)
+        B, A = solve.thin_qr(W, rank)
     delta.start_from(B, A)

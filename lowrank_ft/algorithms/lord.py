@@ -16,20 +16,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lowrank_ft import linalg
-from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
-from lowrank_ft.allocation import Option, allocate, uniform
+from lowrank_ft import solve
+from lowrank_ft.algorithms.base import (
+    CompressorConfig,
+    Counts,
+    Family,
+    Method,
+    Need,
+    Options,
+    Share,
+    Statistics,
+)
+from lowrank_ft.anatomy.sites import Site
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import Layer, layer_of
 from lowrank_ft.modules.lowrank import LowRank, LowRankNode, low_rank_node, supports_low_rank
-from lowrank_ft.registry import register_method
-from lowrank_ft.sites import Site
+from lowrank_ft.solve.allocation import Handle, Option, allocate, uniform
+from lowrank_ft.solve.factors import Cut, Decomposition
+from lowrank_ft.structure.registry import register_method
 
 Objective = Literal["loss", "output", "weight"]
 
@@ -67,6 +77,7 @@ class LoRDMethod(Method[LoRD]):
     name = "lord"
     family = Family.COMPRESSOR
     Config = LoRD
+    spending = frozenset({"ratio", "ratio_of"})
 
     def needs(self) -> frozenset[Need]:
         """Nothing for plain SVD; inputs; gradients too for the loss, or probes in their place."""
@@ -83,30 +94,30 @@ class LoRDMethod(Method[LoRD]):
                 f"linear layers and plain embeddings can be. Exclude it."
             )
 
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+    def options(self, site: Site, statistics: Statistics) -> list[Option]:
+        """Return every aligned rank below break-even, and the layer as it is."""
+        layer, known = layer_of(site.modules[0]), statistics.get(site.name)
+        probed = None if known is None or self.config.allocation != "probe" else known.sensitivity
+        centers = self._centers(layer)
+        return rank_options(
+            layer,
+            decompose(layer, known, self.config.objective, centers=centers),
+            centers=centers,
+            align=self.config.align,
+            min_saving=self.config.min_saving,
+            worth=0.5 if probed is None else probed,
+        )
+
+    def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
         """Spend the budget.
 
         Raises:
             ConfigError: a budget that these layers cannot meet.
         """
-        options, dense = {}, {}
-        for site in sites:
-            name = site.names[0]
-            layer = layer_of(site.modules[0])
-            dense[name] = size_of(layer)
-            known = statistics.get(name)
-            probed = None if known is None or self.config.allocation != "probe" else known.sensitivity
-            options[name] = rank_options(
-                layer,
-                self._decompose(layer, known),
-                centers=self._centers(layer),
-                align=self.config.align,
-                min_saving=self.config.min_saving,
-                worth=0.5 if probed is None else probed,
-            )
+        dense = {site.name: size_of(layer_of(site.modules[0])) for site in sites}
         budget = self.config.budget(sum(dense.values()), counts)
         chosen = allocate(options, budget) if self._predicts else uniform(options, dense, budget)
-        return [Share(chosen[s.names[0]].rank, self._predicted(chosen[s.names[0]])) for s in sites]
+        return [Share.of(chosen[site.name], predicts=self._predicts) for site in sites]
 
     def structure(self, site: Site, share: Share) -> Mapping[str, LowRankNode]:
         """Return two factors, or nothing where the layer stays dense."""
@@ -116,23 +127,22 @@ class LoRDMethod(Method[LoRD]):
         bias = layer.bias is not None or self._centers(layer)
         return {site.names[0]: low_rank_node(layer, share.rank, bias)}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> Mapping[str, Any]:
         """Fill the factors and the bias, and report what they leave."""
-        (name,) = site.names
-        layer, known = layer_of(site.modules[0]), statistics.get(name)
-        found = self._decompose(layer, known)
-        return fill(cast(LowRank, new[name]), layer, known, found, centers=self._centers(layer))
+        layer, known, module = layer_of(site.modules[0]), statistics.get(site.name), new[site.name]
+        centers = self._centers(layer)
+        if handle:
+            cut = Cut.of_tensors(target_of(layer, known, centers=centers), handle)
+        else:
+            cut = decompose(layer, known, self.config.objective, centers=centers).cut(module.rank)
+        return fill(module, layer, known, cut, centers=centers)
 
     def _centers(self, layer: Layer) -> bool:
         if self.config.objective == "weight":
             return False
         return centers(layer) if self.config.centered is None else self.config.centered
-
-    def _decompose(self, layer: Layer, known: SiteStatistics | None) -> linalg.Decomposition:
-        if known is None or self.config.objective == "weight":
-            return linalg.decompose(layer.matrix())
-        by_loss = self.config.objective == "loss"
-        return decompose(layer, known, by_loss=by_loss, centers=self._centers(layer))
 
     @property
     def _predicts(self) -> bool:
@@ -140,9 +150,6 @@ class LoRDMethod(Method[LoRD]):
         return self.config.allocation in ("loss", "probe") or (
             self.config.allocation is None and self.config.objective == "loss"
         )
-
-    def _predicted(self, option: Option) -> float | None:
-        return option.loss if self._predicts else None
 
 
 # One layer, for other methods too ---------------------------------------------------------------------------
@@ -163,31 +170,46 @@ def centers(layer: Layer) -> bool:
     return layer.bias is not None or layer.kind == "embedding"
 
 
-def decompose(layer: Layer, known: SiteStatistics, *, by_loss: bool, centers: bool) -> linalg.Decomposition:
+def decompose(
+    layer: Layer, known: SiteStatistics | None, objective: Objective, *, centers: bool
+) -> Decomposition:
     """Decompose a layer under the metric of its inputs, and of its outputs' gradients.
 
     Args:
-        layer: linear, or an embedding.
-        known: its moments.
-        by_loss: weigh outputs by what they do to the loss.
+        layer: linear, an embedding, or a convolution as a matrix of patches.
+        known: its moments; without any, its weights are decomposed as they are.
+        objective: what errors count by.
         centers: leave the mean to the bias.
     """
-    device, matrix = layer.weight.device, layer.matrix().double()
-    C, mean = known.C.to(device), known.mean.to(device)
+    if known is None or objective == "weight":
+        return solve.decompose(layer.matrix())
+    device, matrix = layer.weight.device, target_of(layer, known, centers=centers)
+    C = known.C.to(device)
     if centers and C.dim() == 2:
+        mean = known.mean.to(device)
         C = C - torch.outer(mean, mean)
-    elif centers:  # of one-hot tokens: the table without its mean row has the same covariance
-        matrix = matrix - (matrix @ mean)[:, None]
-    if not by_loss:
-        return linalg.decompose(matrix, C)
+    if objective == "output":
+        return solve.decompose(matrix, C)
     G = None if known.G is None else known.G.to(device)
-    pulled = None if known.pulled is None else known.pulled.to(device)
-    return linalg.decompose(matrix, C, G, pulled=pulled, ridge=linalg.GRADIENT_RIDGE)
+    WtGW = None if known.WtGW is None else known.WtGW.to(device)
+    return solve.decompose(matrix, C, G, WtGW=WtGW, ridge=solve.GRADIENT_RIDGE)
+
+
+def target_of(layer: Layer, known: SiteStatistics | None, *, centers: bool) -> Tensor:
+    """Return the matrix that factors stand for, ``(out, in)``, float64.
+
+    It is the layer's own, but for an embedding whose bias takes the mean: of one-hot tokens the table without
+    its mean row has the same covariance.
+    """
+    matrix = layer.matrix().double()
+    if known is None or not centers or known.C.dim() == 2:
+        return matrix
+    return matrix - (matrix @ known.mean.to(matrix.device))[:, None]
 
 
 def rank_options(
     layer: Layer,
-    found: linalg.Decomposition,
+    found: Decomposition,
     *,
     centers: bool,
     align: int,
@@ -207,17 +229,18 @@ def rank_options(
     rows, columns, dense = layer.out_features, layer.in_features, size_of(layer)
     bias = rows if layer.bias is not None or centers else 0
     tails = found.total - torch.cumsum(found.energies, 0)
-    options = [Option(None, dense, 0.0)]
     step = min(align, min(rows, columns))
-    for rank in range(step, min(rows, columns) + 1, step):
-        size = rank * (rows + columns) + bias
-        if size < dense and size <= (1 - min_saving) * dense:
-            options.append(Option(rank, size, max(worth * float(tails[rank - 1]), 0.0)))
-    return options
+    sizes = {r: r * (rows + columns) + bias for r in range(step, min(rows, columns) + 1, step)}
+    ranks = [r for r, size in sizes.items() if size < dense and size <= (1 - min_saving) * dense]
+    handle = found.cut(max(ranks)).tensors() if ranks else {}
+    return [
+        Option(None, dense, 0.0),
+        *(Option(r, sizes[r], max(worth * float(tails[r - 1]), 0.0), handle=handle) for r in ranks),
+    ]
 
 
 def fill(
-    module: LowRank, layer: Layer, known: SiteStatistics | None, found: linalg.Decomposition, *, centers: bool
+    module: LowRank, layer: Layer, known: SiteStatistics | None, found: Cut, *, centers: bool
 ) -> dict[str, Any]:
     """Fill two factors and their bias with the best of their rank, and report what they leave.
 
@@ -225,7 +248,7 @@ def fill(
         module: to be filled.
         layer: what it stands for.
         known: the layer's moments; None for plain SVD.
-        found: its decomposition.
+        found: its leading directions, as many as the rank or more.
         centers: whether the bias takes the mean.
     """
     factors = found.truncate(module.rank).balanced()
@@ -259,8 +282,8 @@ def fill(
 def output_error(weight: Tensor, difference: Tensor, C: Tensor) -> float:
     """Return the relative error of a layer's outputs, bias apart: ``‖ΔW C^½‖ / ‖W C^½‖``."""
     C = C.to(weight.device)
-    error = max(linalg.weighted_error(difference, C), 0.0)  # by rounding below zero, where C is singular
-    return math.sqrt(error / max(linalg.weighted_error(weight, C), 1e-300))
+    error = max(solve.weighted_error(difference, C), 0.0)  # by rounding below zero, where C is singular
+    return math.sqrt(error / max(solve.weighted_error(weight, C), 1e-300))
 
 
 def size_of(layer: Layer) -> int:

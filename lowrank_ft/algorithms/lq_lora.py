@@ -19,10 +19,19 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lowrank_ft import linalg
-from lowrank_ft.algorithms.base import FactorType, Share, Statistics
+from lowrank_ft import solve
+from lowrank_ft.algorithms.base import Counts, FactorType, Options, Share, Statistics
 from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, LoRAOptions, Scaling  # noqa: F401
-from lowrank_ft.algorithms.nf import BudgetUnit, QuantizeOptions, QuantizerMethod, Rounding, facts  # noqa: F401
+from lowrank_ft.algorithms.nf import (  # noqa: F401
+    BudgetUnit,
+    QuantizeOptions,
+    QuantizerMethod,
+    Rounding,
+    Weighing,
+    facts,
+    metric_of,
+)
+from lowrank_ft.anatomy.sites import Site
 from lowrank_ft.calibration.batches import Calibration  # noqa: F401 (see LQLoRA)
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.adapted import Adapted
@@ -30,13 +39,13 @@ from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.modules.lowrank import LowRank
 from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.quant import Scheme, storage_of
-from lowrank_ft.quant.metric import Metric, Weighing
 from lowrank_ft.quant.program import GridName  # noqa: F401
 from lowrank_ft.quant.rounding import Feedback
 from lowrank_ft.quant.scheme import CodebookName, Library, ScaleType  # noqa: F401
 from lowrank_ft.quant.storage import Tensors
-from lowrank_ft.registry import register_method
-from lowrank_ft.sites import Site
+from lowrank_ft.solve.allocation import Handle
+from lowrank_ft.solve.metric import Metric
+from lowrank_ft.structure.registry import register_method
 
 
 # Of a class with two parents, jsonargparse looks all of its fields' types up in this module.
@@ -87,7 +96,7 @@ class Split:
     """
 
     packed: Tensors
-    factors: linalg.Factors
+    factors: solve.Factors
     errors: list[float]
 
 
@@ -125,23 +134,25 @@ class LQLoRAMethod(QuantizerMethod):
             return 16
         return 64 if layer_of(site.modules[0]).weight.dtype == torch.float64 else 32
 
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Any) -> list[Share]:
+    def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
         """Spend the budget, or give every matrix the same scheme."""
         self.config.check_patterns(sites)
-        return super().plan(sites, statistics, counts)
+        return super().choose(sites, options, counts)
 
     def deltas(self, site: Site, share: Share) -> Mapping[str, LoRANode]:
         """Return the LoRA that holds the low-rank part."""
         node = self.config.node(site, cast(int, share.rank), anchored=False)
         return {site.names[0]: replace(node, dtype=self.config.factors, carries=True)}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> Mapping[str, Any]:
         """Split the weight into both parts, and report how the error fell."""
         (name,), (stock,) = site.names, site.modules
         host, known = cast(Adapted, new[name]), statistics.get(name)
         base, delta = cast(Quantized, host.base), cast(LoRADelta, next(iter(host.deltas.values())))
         layer = layer_of(stock)
-        metric = Metric.of(known, self.config.objective, layer.weight.device)
+        metric = metric_of(known, self.config.objective, layer.weight.device)
         found = split(
             layer.matrix().detach().float(),
             base.scheme,
@@ -187,7 +198,7 @@ def split(
     """
     storage, errors = storage_of(scheme), list[float]()
     factors, _ = metric.leading(W, rank)
-    best: tuple[float, Tensors, linalg.Factors] | None = None
+    best: tuple[float, Tensors, solve.Factors] | None = None
     for _ in range(iterations):
         packed = storage.pack(W - factors.B @ factors.A, feedback)
         Q = storage.unpack(packed, W.shape[1], 0, W.shape[0], torch.float32)
@@ -200,5 +211,5 @@ def split(
             break
         factors = corrected
     assert best is not None
-    found = linalg.Factors(best[2].B.double(), best[2].A.double())
+    found = solve.Factors(best[2].B.double(), best[2].A.double())
     return Split(best[1], found.balanced(), errors)

@@ -8,37 +8,34 @@ section 3.2) where one is given. Factors that a decomposition left are stored on
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft import allocation
-from lowrank_ft import config as configs
 from lowrank_ft.algorithms import lord
-from lowrank_ft.algorithms.base import Counts, Family, Method, MethodConfig, Need, Share, Statistics
-from lowrank_ft.allocation import Option
+from lowrank_ft.algorithms.base import Counts, Family, Method, MethodConfig, Need, Options, Share, Statistics
+from lowrank_ft.anatomy.sites import Site
 from lowrank_ft.calibration.batches import Calibration
 from lowrank_ft.calibration.statistics import SiteStatistics
-from lowrank_ft.calibration.store import Known
 from lowrank_ft.errors import ConfigError, TargetError
-from lowrank_ft.manifest import DenseNode, Node
 from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.modules.lowrank import LowRank, LowRankNode
 from lowrank_ft.modules.quantized import Quantized, QuantizedNode
 from lowrank_ft.modules.resized import Resized
 from lowrank_ft.quant import Scheme, program
-from lowrank_ft.quant.metric import Metric, Weighing
 from lowrank_ft.quant.program import GridName
 from lowrank_ft.quant.rounding import Feedback
 from lowrank_ft.quant.scheme import CodebookName, Library, ScaleType
-from lowrank_ft.registry import register_method
-from lowrank_ft.sites import Site
+from lowrank_ft.solve import allocation
+from lowrank_ft.solve.allocation import Handle, Option
+from lowrank_ft.solve.metric import Metric
+from lowrank_ft.structure.node import DenseNode, Node
+from lowrank_ft.structure.registry import register_method
 
+Weighing = Literal["weight", "fisher", "activation", "loss"]
 Rounding = Literal["nearest", "feedback"]
 BudgetUnit = Literal["bits", "memory", "disk"]
 
@@ -132,6 +129,7 @@ class QuantizerMethod(Method[Any]):
     """What quantising methods share: their needs, their checks, and the program."""
 
     family = Family.QUANTIZER
+    spending = frozenset({"budget", "budget_of", "solver", "bits", "block", "rounding"})
     config: QuantizeOptions
 
     def needs(self) -> frozenset[Need]:
@@ -158,7 +156,27 @@ class QuantizerMethod(Method[Any]):
         """Return the bits of each number in a site's correction."""
         return 0
 
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+    def options(self, site: Site, statistics: Statistics) -> list[Option]:
+        """Return what a site may become under a budget, with its predicted cost; nothing without a budget."""
+        if self.config.budget is None:
+            return []
+        schemes = program.grid(self.config.scheme, self.config.grid)
+        totals: dict[tuple[Scheme, int | None], Option] = {}
+        for module, known in leaves(site.modules[0], statistics.get(site.name)):
+            layer = layer_of(module)
+            matrix = program.Matrix(
+                layer.matrix().detach().float(),
+                metric_of(known, self.config.objective, layer.weight.device),
+                self.ranks(site),
+                self.factor_bits(site),
+            )
+            for option in program.options_of(matrix, schemes):
+                key = (option.scheme, option.rank)
+                before = totals.get(key, Option(option.rank, 0, 0.0))
+                totals[key] = replace(option, size=before.size + option.size, loss=before.loss + option.loss)
+        return list(totals.values())
+
+    def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
         """Spend the budget, or give every matrix the same scheme.
 
         Raises:
@@ -167,65 +185,14 @@ class QuantizerMethod(Method[Any]):
         if self.config.budget is None:
             ranks = [self.ranks(site) for site in sites]
             return [Share(max(r) if r else None, scheme=self.config.scheme) for r in ranks]
-        options = self.table(sites, statistics)
-        budget = self._bytes(sites, counts)
-        solve = {
+        solvers = {
             "program": allocation.solve,
             "lagrangian": allocation.allocate,
             "uniform": allocation.same_for_all,
-        }[self.config.solver]
-        chosen = solve(options, budget)
-        by_loss = self.config.objective == "loss"
-        found = [chosen[site.names[0]] for site in sites]
-        return [Share(o.rank, o.loss if by_loss else None, scheme=o.scheme) for o in found]
-
-    def table(self, sites: Sequence[Site], statistics: Statistics) -> dict[str, list[Option]]:
-        """Return what each site may become and at which cost, from the cache where one is kept."""
-        notes = statistics.notes if isinstance(statistics, Known) else None
-        key = self._key(sites)
-        table = None if notes is None else notes.read(key)
-        schemes = program.grid(self.config.scheme, self.config.grid)
-        if table is None:
-            found = program.over_sites(
-                lambda site: self.options_of(site, statistics.get(site.names[0]), schemes),
-                sites,
-                len(sites),
-                "Pricing",
-            )
-            table = [
-                [[o.rank, o.size, o.loss, configs.to_dict(o.scheme)] for o in options] for options in found
-            ]
-            if notes is not None:
-                notes.write(key, table)
-        return {
-            site.names[0]: [Option(r, size, loss, scheme=Scheme(**s)) for r, size, loss, s in rows]
-            for site, rows in zip(sites, table, strict=True)
         }
-
-    def _key(self, sites: Sequence[Site]) -> str:
-        """A digest of all that the table depends on beside the statistics."""
-        names = ("objective", "codebook", "scale_bits", "scale_block", "scale_dtype", "grid")
-        options = {name: getattr(self.config, name) for name in names}
-        rows = [[site.names, self.ranks(site), self.factor_bits(site)] for site in sites]
-        return hashlib.sha256(json.dumps([options, rows], sort_keys=True).encode()).hexdigest()[:16]
-
-    def options_of(self, site: Site, known: SiteStatistics | None, schemes: Sequence[Scheme]) -> list[Option]:
-        """Return what a site may become, with its predicted cost."""
-        totals: dict[tuple[Scheme, int | None], Option] = {}
-        for module, its in leaves(site.modules[0], known):
-            matrix = program.Matrix(
-                layer_of(module).matrix().detach().float(),
-                Metric.of(its, self.config.objective, layer_of(module).weight.device),
-                self.ranks(site),
-                self.factor_bits(site),
-            )
-            for option in program.options_of(matrix, schemes):
-                assert option.scheme is not None
-                before = totals.get((option.scheme, option.rank), Option(option.rank, 0, 0.0))
-                totals[option.scheme, option.rank] = Option(
-                    option.rank, before.size + option.size, before.loss + option.loss, scheme=option.scheme
-                )
-        return list(totals.values())
+        chosen = solvers[self.config.solver](options, self._bytes(sites, counts))
+        by_loss = self.config.objective == "loss"
+        return [Share.of(chosen[site.name], predicts=by_loss) for site in sites]
 
     def _bytes(self, sites: Sequence[Site], counts: Counts) -> int:
         """The budget in bytes of the targeted weights and their factors."""
@@ -272,7 +239,9 @@ class NFMethod(QuantizerMethod):
     Config = NF
     config: NF
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> Mapping[str, Any]:
         """Store the weights, and report what that leaves."""
         (name,), (module,) = site.names, site.modules
         known = statistics.get(name)
@@ -282,6 +251,35 @@ class NFMethod(QuantizerMethod):
             target.take(stock)
             target.fill(layer.matrix(), self.feedback(its, layer.weight.device))
         return facts(site, layer_of(new[name]).matrix(), targets, known)
+
+
+def metric_of(known: SiteStatistics | None, objective: Weighing, device: torch.device) -> Metric:
+    """Return what weighs the errors of one layer under an objective.
+
+    ``fisher``: ``diag(row means) ⊗ diag(column means)`` of the squared gradient, over its mean, so that
+    it sums to the Fisher matrix's diagonal and layers compare (LQ-LoRA, arXiv 2311.12023, section 3.3).
+    ``activation``: the second moment of the input. ``loss``: that, and the output gradient's on the left
+    (its diagonal, of layers with more outputs than inputs): the predicted rise of the loss in nats per
+    token.
+
+    Raises:
+        ConfigError: a layer that was not looked at.
+    """
+    if objective == "weight":
+        return Metric()
+    if known is None:
+        raise ConfigError(f"objective={objective!r} needs calibration data.")
+    if objective == "fisher":
+        if known.fisher_rows is None or known.fisher_columns is None:
+            raise ConfigError("objective='fisher' is for linear layers: exclude the others.")
+        mean = known.fisher_rows.mean().clamp_min(1e-300)
+        return Metric(known.fisher_rows.to(device), (known.fisher_columns / mean).to(device))
+    C = known.C.to(device)
+    if objective == "activation":
+        return Metric(None, C)
+    G = known.G if known.G is not None else known.G_diagonal
+    assert G is not None
+    return Metric(G.to(device), C if known.C_weighted is None else known.C_weighted.to(device), 0.5)
 
 
 def leaves(module: nn.Module, known: SiteStatistics | None) -> list[tuple[nn.Module, SiteStatistics | None]]:

@@ -22,17 +22,18 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from lowrank_ft import blockwise
 from lowrank_ft.algorithms.base import Family, Method, Share, Statistics, generator_for
 from lowrank_ft.algorithms.lora import ScaledNode, ScaledOptions
+from lowrank_ft.anatomy.sites import Site
 from lowrank_ft.basis import philox
 from lowrank_ft.basis.combination import Combination
 from lowrank_ft.basis.philox import Stream
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.modules.delta import Delta, LowRankForm
 from lowrank_ft.modules.layer import Layer
-from lowrank_ft.registry import register_method, register_node
-from lowrank_ft.sites import Site
+from lowrank_ft.quant import blockwise
+from lowrank_ft.solve.allocation import Handle
+from lowrank_ft.structure.registry import register_method, register_node
 
 CoefficientStart = Literal["kaiming", "coefficients"]
 Basis = Literal["rademacher", "uniform"]
@@ -173,7 +174,9 @@ class NOLAMethod(Method[NOLA]):
         )  # fmt: skip
         return {name: node}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> None:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> None:
         """Start with ``ΔW = 0``."""
         delta = cast(NOLADelta, new[site.names[0]])
         filled, zero = delta.coefficients_A, delta.coefficients_B

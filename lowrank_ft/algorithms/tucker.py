@@ -12,24 +12,36 @@ best of its rank. In that one currency the ranks of all layers compete for one b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lowrank_ft import linalg
+from lowrank_ft import solve
 from lowrank_ft.algorithms import lord
-from lowrank_ft.algorithms.base import CompressorConfig, Counts, Family, Method, Need, Share, Statistics
+from lowrank_ft.algorithms.base import (
+    CompressorConfig,
+    Counts,
+    Family,
+    Method,
+    Need,
+    Options,
+    Share,
+    Statistics,
+)
 from lowrank_ft.algorithms.lord import Objective
-from lowrank_ft.allocation import Option, allocate, undominated, uniform
+from lowrank_ft.anatomy.sites import Site
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import ConvLayer, layer_of
 from lowrank_ft.modules.tucker import TuckerConv, TuckerNode, supports_tucker
-from lowrank_ft.registry import register_method
-from lowrank_ft.sites import Site
+from lowrank_ft.solve import Metric
+from lowrank_ft.solve.allocation import Handle, Option, allocate, undominated, uniform
+from lowrank_ft.solve.factors import Cut, Decomposition
+from lowrank_ft.structure.registry import register_method
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class TuckerMethod(Method[Tucker]):
     name = "tucker"
     family = Family.COMPRESSOR
     Config = Tucker
+    spending = frozenset({"ratio", "ratio_of"})
 
     def needs(self) -> frozenset[Need]:
         """Nothing for the weights; inputs; gradients too for the loss."""
@@ -71,70 +84,68 @@ class TuckerMethod(Method[Tucker]):
                 f"without groups can be. Exclude it."
             )
 
-    def plan(self, sites: Sequence[Site], statistics: Statistics, counts: Counts) -> list[Share]:
+    def options(self, site: Site, statistics: Statistics) -> list[Option]:
+        """Return every pair of aligned ranks that makes the layer smaller, and the layer as it is.
+
+        Only those on the way down: a larger pair with a larger error is left out.
+        """
+        layer, known = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(site.name)
+        sides = {"out": self._outer(layer, known)}
+        if has_inner(layer):
+            sides["in"] = self._inner(layer, known)
+        tails = {side: tails_of(found) for side, found in sides.items()}
+        channels = {"out": layer.out_features, "in": layer.module.in_channels}
+        choices: dict[str, list[int | None]] = {"in": [None]}
+        for side, tail in tails.items():
+            step = min(self.config.align, len(tail))
+            choices[side] = [None, *(r for r in range(step, len(tail), step) if r < channels[side])]
+            if self.config.energy is not None:
+                choices[side] = [self._keeping(tail, choices[side])]
+        options = undominated(self._pairs(layer, choices, tails))
+        handle: dict[str, Tensor] = {}
+        for side, found in sides.items():
+            ranks = [o.rank if side == "out" else o.ranks.get("in") for o in options]
+            largest = max((rank for rank in ranks if rank is not None), default=0)
+            handle |= found.cut(largest).tensors(f"{side}.") if largest else {}
+        return [replace(option, handle=handle) for option in options]
+
+    def _pairs(
+        self, layer: ConvLayer, choices: Mapping[str, Sequence[int | None]], tails: Mapping[str, Tensor]
+    ) -> list[Option]:
+        """Return the pairs of ranks that are small enough, with their predicted loss."""
+        dense = lord.size_of(layer)
+        options = [Option(None, dense, 0.0)]
+        for rank_out, rank_in in itertools.product(choices["out"], choices["in"]):
+            size = size_of(layer, rank_out, rank_in)
+            if size >= dense or size > (1 - self.config.min_saving) * dense:
+                continue
+            ranks = {"out": rank_out, "in": rank_in}
+            lost = sum(float(tails[side][rank]) for side, rank in ranks.items() if rank is not None)
+            inner = {} if rank_in is None else {"in": rank_in}
+            options.append(Option(rank_out, size, 0.5 * max(lost, 0.0), inner))
+        return options
+
+    def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
         """Spend the budget, or keep the energy that was asked for.
 
         Raises:
             ConfigError: a budget that these layers cannot meet.
         """
-        options, dense = {}, {}
-        for site in sites:
-            name, layer = site.names[0], cast(ConvLayer, layer_of(site.modules[0]))
-            dense[name] = lord.size_of(layer)
-            options[name] = self._options(layer, statistics.get(name))
+        by_loss = self.config.objective == "loss"
         if self.config.energy is not None:
-            chosen = {name: min(found, key=lambda option: option.size) for name, found in options.items()}
+            chosen = {name: min(of_site, key=lambda o: o.size) for name, of_site in options.items()}
         else:
+            dense = {site.name: lord.size_of(layer_of(site.modules[0])) for site in sites}
             budget = self.config.budget(sum(dense.values()), counts)
-            by_loss = self.config.objective == "loss"
             chosen = allocate(options, budget) if by_loss else uniform(options, dense, budget)
-        return [self._share(chosen[site.names[0]]) for site in sites]
+        return [Share.of(chosen[site.name], predicts=by_loss) for site in sites]
 
-    def _share(self, option: Option) -> Share:
-        predicted = option.loss if self.config.objective == "loss" else None
-        return Share(option.rank, predicted, option.ranks)
-
-    def _options(self, layer: ConvLayer, known: SiteStatistics | None) -> list[Option]:
-        """Return every pair of aligned ranks that makes the layer smaller, and the layer as it is.
-
-        Only those on the way down: a larger pair with a larger error is left out.
-        """
-        tails = {"out": self._tails(self._outer(layer, known))}
-        tails["in"] = self._tails(self._inner(layer, known)) if has_inner(layer) else torch.zeros(1)
-        dense, align = lord.size_of(layer), self.config.align
-        channels = {"out": layer.out_features, "in": layer.module.in_channels}
-        choices: dict[str, list[int | None]] = {}
-        for side, tail in tails.items():
-            step = min(align, len(tail))
-            ranks = range(step, len(tail), step) if side == "out" or has_inner(layer) else ()
-            choices[side] = [None, *(r for r in ranks if r < channels[side])]
-        if self.config.energy is not None:
-            choices = {side: self._keeping(tails[side], ranks) for side, ranks in choices.items()}
-        found = [Option(None, dense, 0.0)]
-        for rank_out in choices["out"]:
-            for rank_in in choices["in"]:
-                size = size_of(layer, rank_out, rank_in)
-                if size >= dense or size > (1 - self.config.min_saving) * dense:
-                    continue
-                lost = sum(
-                    float(tails[s][r]) for s, r in (("out", rank_out), ("in", rank_in)) if r is not None
-                )
-                found.append(
-                    Option(rank_out, size, 0.5 * max(lost, 0.0), {} if rank_in is None else {"in": rank_in})
-                )
-        return undominated(found)
-
-    def _keeping(self, tail: Tensor, ranks: Sequence[int | None]) -> list[int | None]:
+    def _keeping(self, tail: Tensor, ranks: Sequence[int | None]) -> int | None:
         """The least of the ranks that keeps the energy."""
         assert self.config.energy is not None
         allowed = (1 - self.config.energy) * float(tail[0])
         enough = [rank for rank in ranks if rank is not None and float(tail[rank]) <= allowed]
-        return [min(enough, default=None)]
-
-    def _tails(self, found: linalg.Decomposition) -> Tensor:
-        """The squared weighted error of every rank, from 0 to all."""
-        kept = torch.cumsum(found.energies, 0)
-        return torch.cat([kept.new_full((1,), found.total), found.total - kept]).clamp_min(0).cpu()
+        return min(enough, default=None)
 
     def structure(self, site: Site, share: Share) -> Mapping[str, TuckerNode]:
         """Return the convolutions in a row, or nothing where the layer stays as it is."""
@@ -142,13 +153,15 @@ class TuckerMethod(Method[Tucker]):
             return {}
         return {site.names[0]: TuckerNode(share.rank, share.ranks.get("in"))}
 
-    def values(self, site: Site, new: Mapping[str, Any], statistics: Statistics) -> Mapping[str, Any]:
+    def values(
+        self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
+    ) -> Mapping[str, Any]:
         """Fill the factors, and report what they leave."""
         (name,) = site.names
         layer, known = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(name)
         module = cast(TuckerConv, new[name])
         node = module.structure()
-        outer, core, inner = self._decompose(layer, known, node)
+        outer, core, inner = self._decompose(layer, known, node, handle or {})
         module.core.weight.copy_(core)
         if module.inner is not None and inner is not None:
             module.inner.weight.copy_(inner.T.reshape(module.inner.weight.shape))
@@ -168,90 +181,124 @@ class TuckerMethod(Method[Tucker]):
         return facts
 
     def _decompose(
-        self, layer: ConvLayer, known: SiteStatistics | None, node: TuckerNode
+        self, layer: ConvLayer, known: SiteStatistics | None, node: TuckerNode, handle: Handle
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Return the outer factor ``(out, r)``, the core, and the inner factor ``(in, r)``."""
         kernel = layer.weight.shape[2:]
         if known is None:
-            modes = (node.rank_out, node.rank_in, *(None,) * len(kernel))
-            core, factors = linalg.hosvd(layer.weight, modes)
-            return factors[0], core, factors[1]
-        core, inner, metric = layer.weight.double(), None, Metric.of(layer, known, self._by_loss)
+            return self._hosvd(layer, node, handle)
+        core, inner, metric = layer.weight.double(), None, metric_of(layer, known, self._by_loss)
         if node.rank_in is not None:
-            channels = self._inner(layer, known).truncate(node.rank_in)
+            channels = self._cut("in", layer, known, node.rank_in, handle).truncate(node.rank_in)
             core = channels.B.reshape(layer.out_features, *kernel, node.rank_in).movedim(-1, 1)
             inner = channels.A.T
-            metric = metric.through(channels.A, kernel.numel())
+            metric = through(metric, channels.A, kernel.numel())
         if node.rank_out is None:
             return None, core, inner
-        pulled = metric.pulled if metric.G is None else None  # G says more, where it is known
-        found = linalg.decompose(
-            core.flatten(1), metric.C, metric.G, pulled=pulled, ridge=linalg.GRADIENT_RIDGE
-        )
-        both = found.truncate(node.rank_out)
+        if node.rank_in is None:
+            both = self._cut("out", layer, known, node.rank_out, handle).truncate(node.rank_out)
+        else:  # another matrix than the options were made from: what the inner factor left
+            WtGW = metric.WtGW if metric.left is None else None  # G says more, where it is known
+            both = solve.decompose(
+                core.flatten(1), metric.right, metric.left, WtGW=WtGW, ridge=solve.GRADIENT_RIDGE
+            ).truncate(node.rank_out)
         return both.B, both.A.reshape(node.rank_out, *core.shape[1:]), inner
+
+    def _hosvd(
+        self, layer: ConvLayer, node: TuckerNode, handle: Handle
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The higher-order SVD of the weight: orthonormal factors, and what they leave between them."""
+        outer = inner = None
+        if node.rank_out is not None:
+            outer = solve.orthonormal(
+                self._cut("out", layer, None, node.rank_out, handle).truncate(node.rank_out).B
+            )
+        if node.rank_in is not None:
+            inner = solve.orthonormal(
+                self._cut("in", layer, None, node.rank_in, handle).truncate(node.rank_in).A.T
+            )
+        backwards = [None if factor is None else factor.T for factor in (outer, inner)]
+        rest = [None] * (layer.weight.dim() - 2)
+        return outer, solve.tucker(layer.weight.double(), [*backwards, *rest]), inner
+
+    def _cut(
+        self, side: str, layer: ConvLayer, known: SiteStatistics | None, rank: int, handle: Handle
+    ) -> Cut:
+        """Return the leading directions of one side: those of the options, or worked out again."""
+        if handle:
+            matrix = layer.matrix() if side == "out" else stacked(layer)
+            return Cut.of_tensors(matrix, handle, f"{side}.")
+        return (self._outer if side == "out" else self._inner)(layer, known).cut(rank)
 
     @property
     def _by_loss(self) -> bool:
         return self.config.objective == "loss"
 
-    def _outer(self, layer: ConvLayer, known: SiteStatistics | None) -> linalg.Decomposition:
+    def _outer(self, layer: ConvLayer, known: SiteStatistics | None) -> Decomposition:
         """The kernel as a matrix of patches, decomposed under their metric."""
-        if known is None:
-            return linalg.decompose(layer.matrix())
-        return lord.decompose(layer, known, by_loss=self._by_loss, centers=False)
+        return lord.decompose(layer, known, self.config.objective, centers=False)
 
-    def _inner(self, layer: ConvLayer, known: SiteStatistics | None) -> linalg.Decomposition:
+    def _inner(self, layer: ConvLayer, known: SiteStatistics | None) -> Decomposition:
         """The kernels at every offset, one above the other, decomposed under the channels' metric."""
-        stack = layer.weight.double().movedim(1, -1).flatten(0, -2)  # (out · k…, in)
+        stack = stacked(layer)
         if known is None:
-            return linalg.decompose(stack)
-        metric = Metric.of(layer, known, self._by_loss)
+            return solve.decompose(stack)
+        metric = metric_of(layer, known, self._by_loss)
+        assert metric.right is not None
         kernel = layer.weight[0, 0].numel()
-        C = by_channel(metric.C, kernel) / kernel
-        pulled = None if metric.pulled is None else by_channel(metric.pulled, kernel)
-        return linalg.decompose(stack, C, pulled=pulled, ridge=linalg.GRADIENT_RIDGE)
+        C = by_channel(metric.right, kernel) / kernel
+        WtGW = None if metric.WtGW is None else by_channel(metric.WtGW, kernel)
+        return solve.decompose(stack, C, WtGW=WtGW, ridge=solve.GRADIENT_RIDGE)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What weighs the errors of a convolution's matrix.
+def stacked(layer: ConvLayer) -> Tensor:
+    """Return the kernels at every offset, one above the other: ``(out · k…, in)``, float64."""
+    return layer.weight.detach().double().movedim(1, -1).flatten(0, -2)
 
-    Attributes:
-        C: second moment of the patches, ``(in · k…, in · k…)``, float64.
-        G: second moment of the output's gradient, ``(out, out)``; None for the outputs' own error.
-        pulled: ``Wᵀ G W``; None likewise.
+
+def tails_of(found: Decomposition) -> Tensor:
+    """Return the squared weighted error of every rank, from 0 to all."""
+    kept = torch.cumsum(found.energies, 0)
+    return torch.cat([kept.new_full((1,), found.total), found.total - kept]).clamp_min(0).cpu()
+
+
+def metric_of(layer: ConvLayer, known: SiteStatistics, by_loss: bool) -> Metric:
+    """Return what weighs the errors of a convolution's matrix ``(out, in · k…)``.
+
+    On the right the second moment of the patches; by the loss, on the left that of the output's gradient,
+    and ``Wᵀ G W`` as well.
     """
+    device, weight = layer.weight.device, layer.matrix().double()
+    C = known.C.to(device)
+    if not by_loss:
+        return Metric(right=C)
+    G = None if known.G is None else known.G.to(device)
+    WtGW = None if known.WtGW is None else known.WtGW.to(device)
+    if WtGW is None and G is not None:
+        WtGW = weight.T @ G @ weight
+    return Metric(G, C, WtGW=WtGW)
 
-    C: Tensor
-    G: Tensor | None
-    pulled: Tensor | None
 
-    @classmethod
-    def of(cls, layer: ConvLayer, known: SiteStatistics, by_loss: bool) -> Metric:
-        """Return a layer's metric."""
-        device, weight = layer.weight.device, layer.matrix().double()
-        if not by_loss:
-            return cls(known.C.to(device), None, None)
-        G = None if known.G is None else known.G.to(device)
-        pulled = None if known.pulled is None else known.pulled.to(device)
-        if pulled is None and G is not None:
-            pulled = weight.T @ G @ weight
-        return cls(known.C.to(device), G, pulled)
+def through(metric: Metric, inner: Tensor, kernel: int) -> Metric:
+    """Return the metric of what comes after a 1×1 convolution.
 
-    def through(self, inner: Tensor, kernel: int) -> Metric:
-        """Return the metric of what comes after a 1×1 convolution ``(rank, in)``.
+    What is left of the weight is ``W M`` with ``M = C Aᵀ (A C Aᵀ)⁻¹`` by channel.
+    G is the output's, and stays.
 
-        What is left of the weight is ``W M`` with ``M = C Aᵀ (A C Aᵀ)⁻¹`` by channel; G is the output's and
-        stays.
-        """
-        C = by_channel(self.C, kernel) / kernel
-        root = linalg.factor_spd(inner @ C @ inner.T)
-        back = root.solve_transposed(root.solve(inner @ C)).T
-        eye = torch.eye(kernel, dtype=C.dtype, device=C.device)
-        patches, weights = torch.kron(inner, eye), torch.kron(back, eye)
-        pulled = None if self.pulled is None else weights.T @ self.pulled @ weights
-        return Metric(patches @ self.C @ patches.T, self.G, pulled)
+    Args:
+        metric: of the whole convolution.
+        inner: the 1×1 convolution ``A``, ``(rank, in)``.
+        kernel: offsets of the kernel.
+    """
+    assert metric.right is not None
+    C = by_channel(metric.right, kernel) / kernel
+    root = solve.factor_spd(inner @ C @ inner.T)
+    back = root.solve_transposed(root.solve(inner @ C)).T
+    eye = torch.eye(kernel, dtype=C.dtype, device=C.device)
+    # torch.kron refuses some transposed matrices.
+    patches, weights = torch.kron(inner.contiguous(), eye), torch.kron(back.contiguous(), eye)
+    WtGW = None if metric.WtGW is None else weights.T @ metric.WtGW @ weights
+    return Metric(metric.left, patches @ metric.right @ patches.T, WtGW=WtGW)
 
 
 def by_channel(moment: Tensor, kernel: int) -> Tensor:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowrank_ft import basis, blockwise
+from lowrank_ft import basis
 from lowrank_ft.basis.philox import Stream
+from lowrank_ft.quant import blockwise
 
 
 class Combination:

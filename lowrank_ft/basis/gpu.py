@@ -6,6 +6,7 @@ that :func:`combine` gives the bits of the other backends.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -49,6 +50,4 @@ def _signed(words: tuple[int, int]) -> tuple[int, int]:
 
 def _kernels() -> Any:
     """The kernels, imported when they are first needed: Triton is only there with a GPU."""
-    from lowrank_ft.basis import triton_kernels
-
-    return triton_kernels
+    return importlib.import_module("lowrank_ft.basis.triton_kernels")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft import data as datasets
+from lowrank_ft.calibration import texts as reading
 from lowrank_ft.errors import ConfigError
 
 Batch = dict[str, Tensor]
@@ -37,6 +37,9 @@ class Calibration:
     hidden_states: Literal["memory", "disk"] = "memory"
     """Where to keep what lies between two blocks: `samples · length` positions, and for the backward pass
     `gradient_samples · length` positions of every block."""
+    measure_options: bool = False
+    """Measure what each option that was chosen does to the model's output, one at a time, beside what was
+    predicted of it; costs a forward pass of the probes for each of them."""
     sequential: bool = False
     """Let every block see what its compressed predecessors give it; costs a second pass."""
     cache: str | None = None
@@ -85,7 +88,7 @@ def prepare(data: Any, tokenizer: Any, settings: Calibration) -> list[Batch]:
             "This method looks at calibration data: pass data= (batches, texts, a dataset or a file)."
         )
     if isinstance(data, (str, Path)):
-        data = datasets.read(str(data), None, "train")
+        data = reading.read(str(data), None, "train")
     if isinstance(data, Iterable) and iter(data) is data:
         raise ConfigError(
             "The calibration data can be read only once (an iterator): pass a list or a DataLoader."
@@ -138,7 +141,7 @@ def _from_texts(texts: Sequence[str], tokenizer: Any, settings: Calibration) -> 
 
 
 def _packed(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
-    ids = datasets.text_ids(texts, tokenizer).tolist()
+    ids = reading.text_ids(texts, tokenizer).tolist()
     whole = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     return whole or ([ids] if len(ids) > 1 else [])  # one token predicts nothing
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_ft import layouts
+from lowrank_ft.anatomy import layouts
 from lowrank_ft.calibration import stream
-from lowrank_ft.calibration.batches import Batch, Loss, count_tokens, fingerprint, mask_of
+from lowrank_ft.calibration.accumulators import Accumulator, Arrival, accumulators_of
+from lowrank_ft.calibration.batches import Batch, Loss, count_tokens, mask_of
+from lowrank_ft.calibration.losses import summed_loss
 from lowrank_ft.calibration.statistics import Moments, rows_of
 from lowrank_ft.calibration.store import Store
 from lowrank_ft.calibration.stream import Chain
 from lowrank_ft.errors import ConfigError, TargetError
-from lowrank_ft.modules.layer import ConvLayer, layer_of
+from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 
 # Forward ----------------------------------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ def inputs(
     passes = 1 if after is None else 2  # a changed block runs again
     progress = _progress(passes * count_tokens(batches), "Calibrating")
     if chain is None:
-        listener = _Listener(modules, set(modules) - store.names())
+        listener = _Listener(modules, {name for name in modules if name not in store})
         for batch in batches:
             with listener.listening(batch), torch.no_grad():
                 stream.forward(model, batch)
@@ -60,11 +61,26 @@ def inputs(
     else:
         _chained_inputs(chain, modules, batches, store, after, progress)
     progress.close()
-    missing = [name for name in modules if name not in store.names()]
+    missing = [name for name in modules if name not in store]
     if missing:
         raise TargetError(
             f"{missing[0]} was never called on the calibration data ({len(missing)} such layers). Exclude it."
         )
+
+
+def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, str]:
+    """Return for each layer the one whose moments it shares, since both have one input; by one forward.
+
+    Args:
+        model: in eval mode.
+        modules: the layers, by name.
+        batch: of which the first sequence runs.
+    """
+    listener = _Listener(modules, set(modules))
+    first = {key: value[:1] for key, value in batch.items()}
+    with listener.listening(first), torch.no_grad():
+        stream.forward(model, first)
+    return listener.leaders
 
 
 def _chained_inputs(
@@ -160,7 +176,7 @@ class _Listener:
         return not any(isinstance(self.layers[name], ConvLayer) for name in (one, other))
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.given = stream.given_to(args, kwargs)
+        self.given = stream.hidden_argument(args, kwargs)
 
     def compare(self, output: Any) -> None:
         """Add the distance between what the block was given and what it gave back."""
@@ -223,8 +239,15 @@ def gradients(
     if store.names() >= set(modules):
         return
     progress = _progress(count_tokens(batches), "Differentiating")
-    parts = {name: layouts.fused_parts(model, name, module) for name, module in modules.items()}
-    collecting = partial(_Collector, modules, parts=parts, fisher=fisher, weighted=weighted)
+
+    def collecting(names: Sequence[str]) -> _Collector:
+        layers = {name: layer_of(modules[name]) for name in names}
+        accumulators = {
+            name: accumulators_of(layer, layouts.fused_parts(model, name, modules[name]), fisher, weighted)
+            for name, layer in layers.items()
+        }
+        return _Collector(layers, accumulators)
+
     with _differentiable(model):
         if chain is None:
             collector = collecting(list(modules))
@@ -284,32 +307,11 @@ def _chained_gradients(
 
 
 class _Collector:
-    """Listens to layers' outputs, and adds up the second moments of the gradients that arrive there."""
+    """Listens to layers' outputs, and hands the gradients that arrive there to accumulators."""
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        names: Sequence[str],
-        parts: Mapping[str, tuple[int, ...]],
-        fisher: bool,
-        weighted: bool,
-    ) -> None:
-        self.layers = {name: layer_of(modules[name]) for name in names}
-        self.parts = {name: parts[name] for name in names if parts[name]}
-        self.heads = {name: (Moments(q), Moments(k)) for name, (q, k, _) in self.parts.items()}
-        self.fisher = fisher
-        self.weighted = {
-            name: Moments(layer.in_features)
-            for name, layer in self.layers.items()
-            if weighted and layer.kind in ("linear", "transposed-linear")
-        }
-        self.weights = dict.fromkeys(self.weighted, 0.0)
-        self.squares: dict[str, tuple[Tensor, Tensor]] = {}
-        self.diagonals: dict[str, Tensor] = {}
-        self.moments = {
-            name: Moments(min(layer.out_features, layer.in_features)) for name, layer in self.layers.items()
-        }
-        self.outputs: list[tuple[str, Tensor, Tensor]] = []
+    def __init__(self, layers: Mapping[str, Layer], accumulators: Mapping[str, list[Accumulator]]) -> None:
+        self.layers, self.accumulators = layers, accumulators
+        self.outputs: list[tuple[str, Tensor, Tensor]] = []  # name, output, input
         self.mask: Tensor | None = None
 
     @contextmanager
@@ -334,235 +336,24 @@ class _Collector:
         if not tensors:
             return value.new_zeros(())
         slopes = None if slope is None else slope.to(value.device)
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(value, tensors, slopes, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(value, tensors, slopes, allow_unused=True)
         with torch.no_grad():
-            for (name, _, x), gradient in zip(self.outputs, found[len(ends) :], strict=True):
-                layer = self.layers[name]
-                if gradient is None:  # this output leads to nothing that the loss is made of
-                    continue
-                if self.fisher and layer.kind != "embedding":
-                    self._square(name, x, gradient)
-                rows = rows_of(layer, layer.output_rows(gradient), self.mask)
-                if name in self.weighted:
-                    self._weigh(name, rows_of(layer, layer.rows(x), self.mask), rows)
-                if name in self.parts:  # queries and keys apart: of a tall layer G is not kept
-                    for moments, part in zip(
-                        self.heads[name], torch.split(rows, list(self.parts[name]), -1), strict=False
-                    ):
-                        moments.add(part)
-                if layer.out_features > layer.in_features:
-                    self._add_diagonal(name, rows)
-                    rows = rows @ layer.matrix()
-                self.moments[name].add(rows)
-        return value.new_zeros(()) if leaf is None or found[0] is None else found[0].detach()
-
-    def _add_diagonal(self, name: str, rows: Tensor) -> None:
-        """Add the squares of the gradient at each output of a tall layer, whose G is not kept."""
-        added = rows.square().sum(0, dtype=torch.float64)
-        self.diagonals[name] = self.diagonals[name] + added if name in self.diagonals else added
-
-    def _weigh(self, name: str, rows: Tensor, gradient: Tensor) -> None:
-        """Add the input's second moment, each token counted by its squared gradient."""
-        norms = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm(dim=1, keepdim=True)
-        self.weighted[name].add(rows * norms)
-        self.weights[name] += float(norms.square().sum(dtype=torch.float64))
-
-    def _square(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Add the squared gradient of the weight, one for each sequence."""
-        if self.mask is not None and self.mask.shape == gradient.shape[:-1]:
-            gradient = gradient * self.mask[..., None].to(gradient)
-        sequences = gradient.shape[0] if gradient.dim() > 2 else 1
-        for g, rows in zip(
-            gradient.reshape(sequences, -1, gradient.shape[-1]),
-            x.reshape(sequences, -1, x.shape[-1]),
-            strict=True,
-        ):
-            square = (g.T @ rows).square_()
-            added = square.mean(1, dtype=torch.float64), square.mean(0, dtype=torch.float64)
-            before = self.squares.get(name)
-            self.squares[name] = added if before is None else (before[0] + added[0], before[1] + added[1])
+            for (name, _, x), gradient in zip(self.outputs, gradients[len(ends) :], strict=True):
+                if gradient is not None:  # else this output leads to nothing that the loss is made of
+                    arrival = Arrival(self.layers[name], x, gradient, self.mask)
+                    for accumulator in self.accumulators[name]:
+                        accumulator.add(arrival)
+        first = None if leaf is None else gradients[0]
+        return value.new_zeros(()) if first is None else first.detach()
 
     def finish(self, store: Store, group: str) -> None:
         """Store what is not there yet. All is gathered again: less to differentiate, other last bits."""
-        tensors = {}
-        missing = {name: layer for name, layer in self.layers.items() if name not in store.names()}
-        for name, layer in missing.items():
-            running = self.moments[name]
-            if running.tokens == 0:
-                raise TargetError(
-                    f"The output of {name} does not reach the loss, so nothing says what it is worth. "
-                    f"Exclude it, or pass a loss= that it reaches."
-                )
-            what = "pulled" if layer.out_features > layer.in_features else "G"
-            tensors[f"{name}|{what}"] = running.second(name).cpu()
-            if name in self.diagonals:
-                tensors[f"{name}|G_diagonal"] = self.diagonals[name].cpu() / running.tokens
-            for part, moments in zip("qk", self.heads.get(name, ()), strict=False):
-                tensors[f"{name}|G_{part}"] = moments.second(name).cpu()
-        for name, running in self.weighted.items():
-            if name in missing:  # as a mean over tokens that count by their weights
-                mean = running.tokens / max(self.weights[name], 1e-300)
-                tensors[f"{name}|C_weighted"] = running.second(name).cpu() * mean
-        for name, (rows, columns) in self.squares.items():
-            if name not in missing:
-                continue
-            tensors[f"{name}|fisher_rows"], tensors[f"{name}|fisher_columns"] = rows.cpu(), columns.cpu()
+        tensors, missing = {}, [name for name in self.layers if name not in store]
+        for name in missing:
+            for accumulator in self.accumulators[name]:
+                tensors.update({f"{name}|{what}": t.cpu() for what, t in accumulator.tensors(name).items()})
         if tensors:
             store.put(group, tensors, {name: name for name in missing})
-
-
-def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
-    """Return the loss of a batch, summed: what the default output gradients are gradients of.
-
-    Cross-entropy with the batch's ``labels``, or with the next token of a causal language model. For an
-    encoder without labels, ``⟨output, ε⟩`` with ε standard normal: its gradients' second moment makes the
-    metric that of the output's squared error.
-    """
-    logits = main_output(output)
-    labels = batch.get("labels")
-    causal = logits.dim() == 3 and hasattr(model, "can_generate") and cast(Any, model).can_generate()
-    if labels is None and causal:
-        mask = mask_of(batch)
-        labels = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(~mask, -100)
-    if labels is None:
-        return _projected(output, batch)
-    labels = labels.to(logits.device)
-    if causal:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return nn.functional.cross_entropy(
-        logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100, reduction="sum"
-    )
-
-
-def _projected(output: Any, batch: Batch) -> Tensor:
-    """``⟨output, ε⟩`` over everything an encoder gives back (hidden states, a pooled output)."""
-    held = output.values() if hasattr(output, "values") else [main_output(output)]
-    generator = torch.Generator().manual_seed(int(fingerprint([batch])[:12], 16))  # another ε for every batch
-    total, mask = main_output(output).new_zeros(()), mask_of(batch)
-    for tensor in held:
-        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
-            continue
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-        if mask is not None and tensor.dim() == 3 and mask.shape == tensor.shape[:2]:
-            noise = noise * mask[..., None].to(noise)
-        total = total + (tensor * noise).sum()
-    return total
-
-
-# Without gradients ------------------------------------------------------------------------------------------
-
-_NOISE = 0.1  # standard deviation of the probe, relative to the output's root mean square
-
-
-def sensitivities(
-    model: nn.Module,
-    chain: Chain | None,
-    modules: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
-    store: Store,
-) -> None:
-    """Put into the store how far the model's output moves for each unit of squared error at every layer's.
-
-    By forward passes alone: white noise is added to one layer's output at a time, and the divergence of the
-    model's output (:func:`divergence`, in nats per token) is divided by the noise's energy. Unlike the loss's
-    own rise the divergence is never negative, needs no labels, and has no first-order part. Blocks before the
-    layer do not run again.
-
-    Args:
-        model: in eval mode.
-        chain: its blocks, or None.
-        modules: the layers, by name.
-        batches: the data; every layer runs them once.
-        store: where finished blocks are.
-    """
-    modules = {name: module for name, module in modules.items() if name not in store.names()}
-    if not modules:
-        return
-    groups = stream.by_block(chain, list(modules))
-    tokens, device = count_tokens(batches), next(model.parameters()).device
-    progress = tqdm(total=len(modules), desc="Probing", unit="layer", leave=False)
-    states: list[Any] = [None] * len(batches)
-
-    def outputs(k: int) -> Iterator[Any]:
-        """The model's output on each batch, blocks before ``k`` left out."""
-        for i, batch in enumerate(batches):
-            before = stream.onload(states[i], device) if k else None
-            out = stream.forward(model, batch) if chain is None else chain.resume(k, batch, before)
-            yield out
-
-    for k in range(1 if chain is None else len(chain)):
-        names = list(groups.get(None if chain is None else k, ()))
-        if chain is not None and k == 0:
-            names += groups.get(None, ())
-        with torch.no_grad():
-            if names:
-                dense = list(outputs(k))
-                found = {n: _probe(modules[n], partial(outputs, k), dense, batches) / tokens for n in names}
-                tensors = {f"{n}|sensitivity": torch.tensor(v, dtype=torch.float64) for n, v in found.items()}
-                store.put(f"{k:04d}", tensors, {name: name for name in names})
-            if chain is not None:
-                states = [
-                    stream.offload(chain.run(k, batch, stream.onload(states[i], device)), chain.shelf)
-                    for i, batch in enumerate(batches)
-                ]
-        progress.update(len(names))
-    progress.close()
-
-
-def _probe(
-    module: nn.Module,
-    outputs: Callable[[], Iterator[Any]],
-    dense: Sequence[Any],
-    batches: Sequence[Batch],
-) -> float:
-    """Return the summed divergence per unit of mean squared error at a module's output."""
-    generator = torch.Generator().manual_seed(0)
-    energies: list[float] = []
-
-    def disturb(m: nn.Module, args: Any, out: Tensor) -> Tensor:
-        spread = _NOISE * out.double().square().mean().sqrt()
-        noise = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device) * spread
-        energies.append(float(noise.square().sum(-1).mean()))
-        return out + noise.to(out.dtype)
-
-    with stream.hooks([module.register_forward_hook(disturb)]):
-        moved = sum(
-            divergence(before, after, mask_of(batch))
-            for before, after, batch in zip(dense, outputs(), batches, strict=True)
-        )
-    energy = sum(energies) / max(len(energies), 1)
-    return moved / energy if energy > 0 else 0.0
-
-
-def divergence(before: Any, after: Any, mask: Tensor | None) -> float:
-    """Return how far a model's output has moved, summed over real positions.
-
-    Args:
-        before: what the model returned. With logits the divergence is ``KL(before ‖ after)``, in nats;
-            otherwise ``½ ‖Δ‖²`` of the hidden states.
-        after: what it returns now.
-        mask: ``(batch, tokens)``, true where a position is real.
-    """
-    x, y = main_output(before), main_output(after)
-    keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    if mask is not None and mask.shape == keep.shape:
-        keep = mask.to(x.device)
-    total = 0.0
-    parts = zip(torch.split(x[keep], 128), torch.split(y[keep], 128), strict=True)
-    for p, q in parts:  # float64 logits are large
-        if hasattr(before, "logits"):
-            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-            total += float((log_p.exp() * (log_p - log_q)).sum())
-        else:
-            total += 0.5 * float((p.double() - q.double()).square().sum())
-    return max(total, 0.0)
-
-
-def main_output(output: Any) -> Tensor:
-    """Return a model's logits, or where it has none its first tensor."""
-    if isinstance(output, Tensor):
-        return output
-    return cast(Tensor, output.logits if hasattr(output, "logits") else output[0])
 
 
 # Small things -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Second moments of what flows in and out of layers, gathered in float64.
+"""Second moments of what flows in and out of layers, summed in float64.
 
-Float32 products of a batch at a time are added into a float64 total, one triangle only. Padding enters
-nothing.
+Products of one batch at a time, in float32, are added into a float64 total, of which only one triangle is
+computed. Padding positions are left out of all sums.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class SiteStatistics:
             of each token, ``(in,)``, the diagonal of the same matrix.
         mean: ``E[x]``, ``(in,)`` float64.
         G: second moment of the output's gradient, ``(1/N) Σ g gᵀ`` with g the gradient of the loss summed
-            over its tokens; ``(out, out)`` float64. None where it was not asked for, or where ``pulled`` is.
-        pulled: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs: all that a decomposition
+            over its tokens; ``(out, out)`` float64. None where it was not asked for, or where ``WtGW`` is.
+        WtGW: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs: all that a decomposition
             needs of G there, and never larger than the model is wide.
-        G_diagonal: diagonal of G, ``(out,)``, where only ``pulled`` is kept of it.
+        G_diagonal: diagonal of G, ``(out,)``, where only ``WtGW`` is kept of it.
         C_weighted: ``Σ ‖g‖² x xᵀ / Σ ‖g‖²`` over tokens, ``(in, in)``: beside G the better factor of the
             Fisher matrix, since tokens that the loss does not depend on (attention sinks, whose activations
             are huge) count for nothing.
@@ -46,7 +46,7 @@ class SiteStatistics:
     C: Tensor
     mean: Tensor
     G: Tensor | None = None
-    pulled: Tensor | None = None
+    WtGW: Tensor | None = None
     G_diagonal: Tensor | None = None
     C_weighted: Tensor | None = None
     G_q: Tensor | None = None
@@ -64,6 +64,7 @@ class Moments:
         self.tokens = 0
         self.features = features
         self.diagonal = diagonal
+        self.dtype = torch.float32  # that the moment is exact to; float64 where the rows are
         self.total = self.sum = None  # type: Tensor | None
 
     def add(self, rows: Tensor) -> None:
@@ -78,11 +79,12 @@ class Moments:
             self.total = zero.new_zeros(self.features, self.features)
             self.sum = zero.new_zeros(self.features)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.dtype = torch.promote_types(self.dtype, rows.dtype)
         self.sum += rows.sum(0)  # summing in float64 would cost as much as the Gram itself
         add_gram(self.total, rows)
 
     def second(self, name: str) -> Tensor:
-        """Return ``E[x xᵀ]`` (its diagonal, for token ids).
+        """Return ``E[x xᵀ]`` in float32, in float64 for float64 rows; for token ids its diagonal, in float64.
 
         Raises:
             NonFiniteError: an activation was NaN or infinite.
@@ -97,7 +99,7 @@ class Moments:
             return self.total / self.tokens
         moment = self.total / self.tokens
         mirror(moment)
-        return moment
+        return moment.to(self.dtype)
 
     def mean(self) -> Tensor:
         """Return ``E[x]``; for token ids, of their one-hot vectors."""

@@ -142,12 +142,12 @@ def find_chain(model: nn.Module, batch: Batch, shelf: Path | None = None) -> Cha
 
 def _recorder(inputs: dict[int, Any], index: int) -> Callable[[Any, Any, Any], None]:
     def record(module: Any, args: Any, kwargs: Any) -> None:
-        inputs[index] = given_to(args, kwargs)
+        inputs[index] = hidden_argument(args, kwargs)
 
     return record
 
 
-def given_to(args: Any, kwargs: Any) -> Any:
+def hidden_argument(args: Any, kwargs: Any) -> Any:
     """Return the hidden states among a block's arguments."""
     return args[0] if args else kwargs.get("hidden_states")
 

@@ -6,13 +6,10 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowrank_ft import engine
 from lowrank_ft.errors import CheckpointError, StateError
-
-_SAMPLE = 1 << 16  # elements of each tensor that enter the digest one by one
 
 
 def identify(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def identify(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, Any]
         "parameters": sum(p.numel() for p in {id(t): t for t in tensors.values()}.values()),
         "dtype": "+".join(sorted(dtypes)),
         "structure": structure(tensors),
-        "digest": None if any(t.is_meta for t in kept.values()) else digest(kept),
+        "digest": None if any(t.is_meta for t in kept.values()) else engine.digest_of_values(kept),
         "labels": _labels(type(model).__name__, config),
     }
 
@@ -74,27 +71,3 @@ def structure(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 over the names and shapes of the base's tensors."""
     listing = "\n".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(tensors))
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 over the values of the base's floating-point tensors, rounded to bfloat16.
-
-    For each tensor: the sum of the bit patterns of all elements (so that every element counts) and up to
-    65,536 evenly spaced ones (so that their places count). Rounding makes a base loaded in float32 and in
-    bfloat16 the same base. A checksum against mistakes, not against an adversary.
-    """
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        if tensor.is_floating_point():
-            bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16).flatten()
-            step = max(1, -(-bits.numel() // _SAMPLE))
-            sample = bits[::step].cpu().contiguous().numpy().tobytes()
-            total.update(f"{name} {_sum(bits)} ".encode())
-            total.update(sample)
-    return total.hexdigest()
-
-
-def _sum(bits: Tensor) -> int:
-    """The sum in 64 bits; on the CPU by NumPy, which is eight times as fast."""
-    return int(bits.numpy().sum(dtype="int64") if bits.device.type == "cpu" else bits.sum(dtype=torch.int64))

@@ -17,15 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowrank_ft import engine, manifest
+from lowrank_ft import engine
 from lowrank_ft._version import __version__
 from lowrank_ft.checkpoint import base_model, card, files, tensors
 from lowrank_ft.errors import CheckpointError, StateError, did_you_mean
-from lowrank_ft.manifest import Manifest, Node
 from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.copied import CopiedNode
 from lowrank_ft.modules.delta import digest_of
 from lowrank_ft.modules.host import Host
+from lowrank_ft.structure import manifest
+from lowrank_ft.structure.manifest import Manifest
+from lowrank_ft.structure.node import Node
 
 ADAPTER_FILE = "adapter.safetensors"
 MODEL_FILE = "model.safetensors"

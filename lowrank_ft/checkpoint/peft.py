@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowrank_ft import engine, layouts, linalg, sites
+from lowrank_ft import engine, solve
 from lowrank_ft.algorithms.lora import LoRADelta, LoRANode, Scaling
+from lowrank_ft.anatomy import layouts, sites
 from lowrank_ft.checkpoint import card, files
 from lowrank_ft.errors import CheckpointError, StateError
-from lowrank_ft.manifest import Node
 from lowrank_ft.modules.adapted import Adapted
 from lowrank_ft.modules.copied import Copied, CopyNode
 from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
+from lowrank_ft.structure.node import Node
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -168,7 +169,7 @@ def _export_layer(path: str, host: Adapted, name: str, at_most: int | None) -> _
 
 def _nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """The nearest product of a rank, and the squared norms of what that loses and of the whole."""
-    whole = linalg.Factors(B.detach().double(), A.detach().double())
+    whole = solve.Factors(B.detach().double(), A.detach().double())
     cut = whole.balanced(min(rank, *A.shape, *B.shape))
     total, kept = ((f.B.T @ f.B * (f.A @ f.A.T)).sum() for f in (whole, cut))
     return cut.A.to(A.dtype), cut.B.to(B.dtype), (max(float(total - kept), 0.0), float(total))

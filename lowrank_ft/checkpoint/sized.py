@@ -9,13 +9,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from lowrank_ft import engine, layouts, sites
+from lowrank_ft import engine
+from lowrank_ft.anatomy import layouts, sites
 from lowrank_ft.checkpoint import native
 from lowrank_ft.errors import StateError, TargetError
-from lowrank_ft.manifest import replacements
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.modules.resized import Resized
+from lowrank_ft.structure.manifest import replacements
 
 _DECI_STEP = 256  # DeciLM rounds the width that it works out from `ffn_mult` up to a multiple of this
 

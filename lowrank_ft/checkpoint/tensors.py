@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.manifest import Node
 from lowrank_ft.modules.delta import Delta
+from lowrank_ft.structure.node import Node
 
 Parts = Mapping[str, nn.Module]
 Nodes = Mapping[str, Node]

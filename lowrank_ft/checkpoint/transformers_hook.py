@@ -16,8 +16,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank_ft import engine, manifest
+from lowrank_ft import engine
 from lowrank_ft.errors import CheckpointError, ConfigError
+from lowrank_ft.structure import manifest
 
 
 @register_quantization_config(engine.QUANT_METHOD)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lowrank_ft.checkpoint import loading
 from lowrank_ft.errors import CheckpointError
 
 # What a launcher tells its processes; the fresh one is alone.
@@ -74,11 +75,9 @@ def _base_dtype(model: nn.Module) -> torch.dtype:
 
 def main() -> None:
     """Be the fresh process."""
-    from lowrank_ft import models
-
     base, directory, dtype, device, threads, given, written = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    model = models.load_any(base, directory, dtype)[0] if base else models.load_whole(directory, dtype)
+    model = loading.load_any(base, directory, dtype)[0] if base else loading.load_whole(directory, dtype)
     inputs = {k: v.to(device) for k, v in load_file(given).items()}
     with torch.no_grad():
         logits = model.to(device).eval()(**inputs).logits

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.errors import StateError
-from lowrank_ft.manifest import DenseNode, Node
 from lowrank_ft.modules.delta import Delta, DeltaNode, LowRankForm
 from lowrank_ft.modules.fused import low_rank_linear
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import layer_of
-from lowrank_ft.modules.replacement import Factored
-from lowrank_ft.registry import register_node
+from lowrank_ft.structure.node import DenseNode, Node
+from lowrank_ft.structure.registry import register_node
+from lowrank_ft.structure.replacement import Factored
 
 
 @register_node

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft import layouts
 from lowrank_ft.errors import StateError, TargetError
-from lowrank_ft.manifest import Node
-from lowrank_ft.modules.replacement import Container
-from lowrank_ft.registry import register_node
+from lowrank_ft.structure import heads
+from lowrank_ft.structure.node import Node
+from lowrank_ft.structure.registry import register_node
+from lowrank_ft.structure.replacement import Container
 
 # Families whose attention reads the window off the config; the others have an attribute for it, or none.
 _WINDOW_OF_CONFIG = ("mistral", "phi3")
@@ -172,8 +172,8 @@ class ResizedAttention(Container):
     def _key_heads(self) -> int:
         if self.node.qkv:
             stock = _stock_outputs(self._child(self.node.qkv))
-            return layouts.split_of(self, stock)[1] // layouts.head_width(self)
-        return _stock_outputs(self._child(self.node.k)) // layouts.head_width(self)
+            return heads.split_of(self, stock)[1] // heads.head_width(self)
+        return _stock_outputs(self._child(self.node.k)) // heads.head_width(self)
 
     @property
     def _groups(self) -> int:
@@ -210,7 +210,7 @@ class ResizedAttention(Container):
             return part.unsqueeze(1)
         if self.node.qkv:
             rows = torch.split(rows, list(self.node.split))[1]
-        kept = (rows % layouts.head_width(self)).view(self._key_heads, -1)
+        kept = (rows % heads.head_width(self)).view(self._key_heads, -1)
         return part[..., kept].transpose(1, 2)
 
     def _dropout(self) -> float:

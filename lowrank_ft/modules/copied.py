@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lowrank_ft.errors import StateError
-from lowrank_ft.manifest import DenseNode, Node
 from lowrank_ft.modules.host import Host
-from lowrank_ft.registry import register_node
+from lowrank_ft.structure.node import DenseNode, Node
+from lowrank_ft.structure.registry import register_node
 
 
 @register_node

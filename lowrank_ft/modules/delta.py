@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ft.manifest import Node
 from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
+from lowrank_ft.structure.node import Node
 
 
 class LowRankForm(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_ft.manifest import Node, node_of
-from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.structure.node import Node
+from lowrank_ft.structure.replacement import Replacement, node_of
 
 
 class Host(Replacement):

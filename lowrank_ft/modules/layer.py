@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
 from lowrank_ft.modules.fused import DENSE, DenseWeight, Frozen
-from lowrank_ft.modules.replacement import Replacement
+from lowrank_ft.structure.replacement import Replacement
 
 
 class Layer(ABC):
@@ -479,7 +479,7 @@ def find_layer(module: nn.Module) -> Layer | None:
     if type(module).__module__.startswith("bitsandbytes."):
         return None
     if isinstance(module, Replacement):
-        return module.view()
+        return cast("Layer | None", module.view())
     if isinstance(module, nn.Linear):
         return LinearLayer(module)
     if isinstance(module, nn.Embedding):

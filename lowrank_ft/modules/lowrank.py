@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
-from lowrank_ft.manifest import DenseNode, Node, node_of
 from lowrank_ft.modules.layer import EmbeddingLayer, Layer, LinearLayer, layer_of, stock_linear
-from lowrank_ft.modules.replacement import Factored
 from lowrank_ft.modules.resized import Resized, ResizedNode
-from lowrank_ft.registry import register_node
+from lowrank_ft.structure.node import DenseNode, Node
+from lowrank_ft.structure.registry import register_node
+from lowrank_ft.structure.replacement import Factored, node_of
 
 
 @register_node

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
-from lowrank_ft.manifest import DenseNode, Node
 from lowrank_ft.modules.fused import Frozen, frozen_linear
 from lowrank_ft.modules.layer import Layer, LinearLayer, layer_of, stock_linear
-from lowrank_ft.modules.replacement import Replacement
 from lowrank_ft.modules.resized import Resized, ResizedNode
 from lowrank_ft.quant import Scheme, Storage, storage_of
 from lowrank_ft.quant.rounding import Feedback
-from lowrank_ft.registry import register_node
+from lowrank_ft.structure.node import DenseNode, Node
+from lowrank_ft.structure.registry import register_node
+from lowrank_ft.structure.replacement import Replacement
 
 TILE = 2**22  # weights that are unpacked at a time: a layer of a small model whole, 16 MB of a large one's
 

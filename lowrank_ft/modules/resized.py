@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.errors import TargetError
-from lowrank_ft.manifest import Node
 from lowrank_ft.modules.layer import Layer, LinearLayer, layer_of, stock_linear
-from lowrank_ft.modules.replacement import Replacement
-from lowrank_ft.registry import register_node
+from lowrank_ft.structure.node import Node
+from lowrank_ft.structure.registry import register_node
+from lowrank_ft.structure.replacement import Replacement
 
 
 @register_node

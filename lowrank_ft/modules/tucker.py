@@ -9,12 +9,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft import linalg
+from lowrank_ft import solve
 from lowrank_ft.errors import TargetError
-from lowrank_ft.manifest import Node
 from lowrank_ft.modules.layer import ConvLayer, Layer, find_layer
-from lowrank_ft.modules.replacement import Factored
-from lowrank_ft.registry import register_node
+from lowrank_ft.structure.node import Node
+from lowrank_ft.structure.registry import register_node
+from lowrank_ft.structure.replacement import Factored
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -203,7 +203,7 @@ class TuckerConv(Factored):
 
 def _product(outer: Tensor | None, core: Tensor, inner: Tensor | None) -> Tensor:
     """``core ×_out outer ×_in inner``: factors ``(out, r)`` and ``(in, r)``, or None for none."""
-    return linalg.tucker(core, [outer, inner, *(None,) * (core.dim() - 2)])
+    return solve.tucker(core, [outer, inner, *(None,) * (core.dim() - 2)])
 
 
 def _pad(weight: Tensor, before: int, after: int) -> Tensor:

@@ -9,19 +9,18 @@ all ranks cost one decomposition.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lowrank_ft.allocation import Option
-from lowrank_ft.quant.metric import Metric
+from lowrank_ft.quant import storage_of
 from lowrank_ft.quant.scheme import SCALE_BITS, Scheme
-from lowrank_ft.quant.storage import BlockStorage, in_blocks, storage_of
+from lowrank_ft.quant.storage import BlockStorage, in_blocks
+from lowrank_ft.solve.allocation import Option
+from lowrank_ft.solve.metric import Metric
 
 GridName = Literal["compact", "paper"]
 T = TypeVar("T")
@@ -115,15 +114,3 @@ def _errors(matrix: Matrix, plain: Scheme, cut_off: int) -> tuple[float, Tensor,
         return float((rounding * stretched).sum(dtype=torch.float64) + cut.sum(dtype=torch.float64))
 
     return left, energies, add
-
-
-def over_sites(function: Callable[[T], R], items: Iterable[T], total: int, what: str) -> list[R]:
-    """Apply a function to each item, one thread of torch's each on a CPU; results in order."""
-    threads = torch.get_num_threads()
-    if threads == 1 or torch.cuda.is_available():
-        return [function(item) for item in tqdm(items, desc=what, total=total, unit="matrix", leave=False)]
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(tqdm(pool.map(function, items), desc=what, total=total, unit="matrix", leave=False))
-    finally:
-        torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_ft import linalg
+from lowrank_ft import solve
 
 _WIDTH = 64  # columns whose feedback is added one by one; that of earlier ones comes as one product
 
@@ -42,7 +42,7 @@ class Feedback:
         """
         order = C.diagonal().argsort(descending=True, stable=True)
         sorted_ = C[order][:, order]
-        flipped = linalg.factor_spd(sorted_.flip(0, 1), ridge).lower.flip(0, 1)  # C = U Uᵀ, U upper
+        flipped = solve.factor_spd(sorted_.flip(0, 1), ridge).lower.flip(0, 1)  # C = U Uᵀ, U upper
         return cls(order, (flipped / flipped.diagonal()).float())
 
     def codes(self, W: Tensor, scales: Tensor, levels: Tensor) -> Tensor:

@@ -179,15 +179,6 @@ class BlockStorage(Storage):
         return int(2 ** (self.scheme.scale_bits - self.scheme.is_signed)) - 1
 
 
-def storage_of(scheme: Scheme) -> Storage:
-    """Return the storage that a scheme names."""
-    if scheme.library == "bitsandbytes":
-        from lowrank_ft.quant import bnb
-
-        return bnb.Int8Storage(scheme) if scheme.codebook == "int8" else bnb.FourBitStorage(scheme)
-    return BlockStorage(scheme)
-
-
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Return the index of the nearest level; of two equally near, the lower."""
     cuts = (levels[1:] + levels[:-1]) / 2

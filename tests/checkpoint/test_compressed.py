@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.manifest import describe
 from lowrank_ft.modules.lowrank import LowRank
+from lowrank_ft.structure.manifest import describe
 from tests.contract.cases import Case
 from tests.tiny import TINY, logits
 

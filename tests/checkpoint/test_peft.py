@@ -15,6 +15,7 @@ from torch import nn
 import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.errors import CheckpointError, ConfigError, StateError
+from lowrank_ft.modules.adapted import Adapted
 from tests.contract.cases import Case
 from tests.tiny import TINY, logits, perturb
 
@@ -127,7 +128,7 @@ def test_peft_loads_ours(way: str, name: str, tmp_path: Path) -> None:
     stored = {n: p for n, p in theirs.named_parameters() if ".default" in n}
     if way in ("plain", "rslora", "dora", "patterns"):
         for path, host in engine.hosts(model).items():
-            if isinstance(host, engine.Adapted):
+            if isinstance(host, Adapted):
                 for key, ours in (("A", host.deltas["default"].A), ("B", host.deltas["default"].B)):
                     (match,) = [
                         p

@@ -14,11 +14,11 @@ from torch import nn
 
 import lowrank_ft
 from lowrank_ft import engine
-from lowrank_ft.allocation import Option, same_width
+from lowrank_ft.anatomy.layouts import layout_of
+from lowrank_ft.anatomy.layouts import mlp_of as mlp_names
 from lowrank_ft.errors import ConfigError, StateError
-from lowrank_ft.layouts import layout_of
-from lowrank_ft.layouts import mlp_of as mlp_names
-from lowrank_ft.manifest import describe
+from lowrank_ft.solve.allocation import Option, same_width
+from lowrank_ft.structure.manifest import describe
 from tests.contract.cases import Case
 from tests.contract.test_contract import assert_same_state, state
 from tests.tiny import TINY, logits, perturb

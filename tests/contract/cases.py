@@ -11,7 +11,7 @@ from torch import nn
 
 import lowrank_ft
 from lowrank_ft.algorithms.base import CompressorConfig, Family, LowRankConfig
-from lowrank_ft.registry import methods
+from lowrank_ft.structure.registry import methods
 from tests.tiny import TINY, Tiny, perturb
 
 # Options worth a row of their own. A method without an entry is tested with its defaults.

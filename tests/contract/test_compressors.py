@@ -12,11 +12,11 @@ from torch import nn
 
 import lowrank_ft
 from lowrank_ft import engine
+from lowrank_ft.engine.counting import count
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
-from lowrank_ft.manifest import describe
 from lowrank_ft.modules.lowrank import LowRankNode
-from lowrank_ft.pipeline import count
-from lowrank_ft.training import AdapterCheckpoint
+from lowrank_ft.recipes.training import AdapterCheckpoint
+from lowrank_ft.structure.manifest import describe
 from tests.contract.cases import COMPRESSING, Case
 from tests.contract.test_contract import FLOAT64, assert_reloads_as_a_model, assert_same_state, state
 from tests.tiny import TINY, logits, perturb
@@ -193,7 +193,7 @@ def test_bad_input_changes_nothing(case: Case) -> None:
     ]
     for error, message, change in attempts:
         options = {"targets": case.targets(), **case.options, **change}
-        if case.options.get("objective") != "weight":
+        if case.looks:
             options["data"] = case.data()
         with pytest.raises(error, match=message):
             lowrank_ft.wrap(model, case.method, **options)

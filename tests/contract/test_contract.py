@@ -13,8 +13,9 @@ import lowrank_ft
 from lowrank_ft import engine
 from lowrank_ft.algorithms.base import Family, LowRankConfig
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
-from lowrank_ft.manifest import describe
-from lowrank_ft.registry import methods
+from lowrank_ft.modules.adapted import Adapted
+from lowrank_ft.structure.manifest import describe
+from lowrank_ft.structure.registry import methods
 from tests.contract.cases import CASES, Case
 from tests.tiny import logits, perturb
 
@@ -243,7 +244,7 @@ def test_two_active_adapters_add_up(case: Case) -> None:
             lowrank_ft.set_adapter(model, ["a", "b"])
         return
     lowrank_ft.set_adapter(model, ["a", "b"])
-    layer = next(m for m in model.modules() if isinstance(m, engine.Adapted))
+    layer = next(m for m in model.modules() if isinstance(m, Adapted))
     expected = layer.layer.matrix() + layer.deltas["a"].weight() + layer.deltas["b"].weight()
     merged = layer.layer.to_matrix(layer.merged().weight)
     torch.testing.assert_close(merged, expected, **FLOAT64)
@@ -326,7 +327,7 @@ def test_gradient_is_that_of_the_merged_weight(case: Case) -> None:
     value(merged).backward()
     stock = dict(merged.named_modules())
     for path, host in engine.hosts(model).items():
-        if not isinstance(host, engine.Adapted):
+        if not isinstance(host, Adapted):
             continue
         weight_gradient = host.layer.to_matrix(stock[path].weight.grad)
         parameters = [p for p in host.deltas["default"].parameters() if p.requires_grad]

@@ -15,12 +15,13 @@ from lowrank_ft import engine
 from lowrank_ft.algorithms.lora import LoRA
 from lowrank_ft.algorithms.lord import LoRD
 from lowrank_ft.algorithms.nf import NF
+from lowrank_ft.engine.counting import count
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
-from lowrank_ft.manifest import describe
+from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.modules.quantized import Quantized
-from lowrank_ft.pipeline import count
-from lowrank_ft.registry import methods
-from lowrank_ft.training import AdapterCheckpoint
+from lowrank_ft.recipes.training import AdapterCheckpoint
+from lowrank_ft.structure.manifest import describe
+from lowrank_ft.structure.registry import methods
 from tests.contract.cases import QUANTIZING, Case
 from tests.contract.test_contract import FLOAT64, assert_reloads_as_a_model, assert_same_state, state
 from tests.tiny import TINY, logits, perturb
@@ -73,7 +74,7 @@ def test_starts_within_the_declared_bound(case: Case) -> None:
     stock = dict(plain.named_modules())
     assert quantized(model)
     for name, module in quantized(model).items():
-        weight = engine.find_layer(stock[name]).matrix().double()
+        weight = find_layer(stock[name]).matrix().double()
         host = engine.hosts(model).get(name)
         read = module.matrix(torch.float64)
         if host is None and module.scheme.codebook != "fitted" and case.options.get("rounding") != "feedback":

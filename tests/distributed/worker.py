@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-from lowrank_ft import cli, training
+from lowrank_ft import cli
 from lowrank_ft.modules.quantized import Quantized
+from lowrank_ft.recipes import training
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import lowrank_ft
-from lowrank_ft import engine, linalg
+from lowrank_ft import engine, solve
 from lowrank_ft.algorithms.corda import CorDA, spread
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.solve import directions
 from tests.oracle.moments import randn, symmetric_root
 from tests.oracle.single import Single, delta_of, linear
 from tests.tiny import TINY, VOCAB, logits, perturb
@@ -51,8 +52,8 @@ def test_the_last_directions_are_found_beside_one_that_is_far_smaller(
     def refuse(*_: Any) -> None:
         raise AssertionError("solved in full")
 
-    monkeypatch.setattr(linalg, "_last_of_all", refuse)
-    U, found = linalg.output_directions(W, C, 8, squared=squared, last=True)
+    monkeypatch.setattr(directions, "_last_of_all", refuse)
+    U, found = solve.output_directions(W, C, 8, squared=squared, last=True)
     exact = left[:, n - 8 : n]
     torch.testing.assert_close(found, values[-8:], rtol=1e-6, atol=1e-12)
     # Neighbours are 0.006 apart, so vectors turn by residual / gap; the space by less.
@@ -270,7 +271,7 @@ def test_layers_with_one_input_share_one_moment(tmp_path: Path) -> None:
     assert files
     assert {path.suffix for path in files} == {".safetensors"}
     keys = [key for path in files for key in safe_open(path, framework="pt").keys()]  # noqa: SIM118
-    moments = [key for key in keys if key.endswith("|C")]
+    moments = [key for key in keys if key.endswith("|C.upper")]
     assert len(moments) == 2 * 4  # (q, k, v), o, (gate, up), down, in two blocks
 
 
@@ -311,7 +312,7 @@ def test_ill_conditioned_directions_are_still_the_last() -> None:
     W, mix = randn(12, 12, seed=1), torch.linalg.qr(randn(12, 12, seed=2))[0]
     C = (mix * torch.logspace(0, -9.5, 12, dtype=torch.float64)) @ mix.T
     U, S, _ = torch.linalg.svd(W @ C)
-    found, values = linalg.output_directions(W, C, 2, squared=True, last=True)
+    found, values = solve.output_directions(W, C, 2, squared=True, last=True)
     assert S[-1] < 1e-8 * S[0]
     overlap = torch.linalg.svdvals(found.T @ U[:, -2:])
     assert float(overlap.min()) > 1 - 1e-6

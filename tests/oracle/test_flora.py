@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lowrank_ft
-from lowrank_ft import linalg
+from lowrank_ft import solve
 from lowrank_ft.algorithms.flora import FLoRA, FLoRADelta, Work, core_shape, size_of
 from lowrank_ft.errors import ConfigError, StateError, TargetError
 from lowrank_ft.modules.layer import ConvLayer, layer_of
@@ -314,7 +314,7 @@ def counted(layer: nn.Module, ranks: Any, x: Tensor) -> Work:
     with torch.no_grad():
         core = randn(*core_shape(shape, ranks))
         factors = [None if r is None else randn(n, r) for n, r in zip(shape, ranks, strict=True)]
-        forming = count(lambda: linalg.tucker(core, factors))
+        forming = count(lambda: solve.tucker(core, factors))
         beside = count(lambda: layer(x))
         outer, inner = factors[view.modes.index("out")], factors[view.modes.index("in")]
         return Work(count(lambda: view.run_tucker(x, outer, core, inner)), forming + beside, forming)
@@ -408,26 +408,26 @@ def test_convolutions_that_peft_cannot_express_say_so(tmp_path: Any) -> None:
 def test_tucker_is_the_product_along_every_mode() -> None:
     core, factors = randn(2, 3, 4, seed=1), [randn(5, 2, seed=2), None, randn(6, 4, seed=3)]
     wanted = torch.einsum("abc,ia,kc->ibk", core, factors[0], factors[2])
-    torch.testing.assert_close(linalg.tucker(core, factors), wanted, **EXACT)
+    torch.testing.assert_close(solve.tucker(core, factors), wanted, **EXACT)
 
 
 def test_hosvd_of_full_rank_is_exact_and_truncated_within_its_bound() -> None:
     """De Lathauwer et al. 2000, property 10: the squared error is at most what all modes cut off."""
     tensor = randn(6, 7, 8, seed=4)
-    core, factors = linalg.hosvd(tensor, (6, 7, 8))
-    torch.testing.assert_close(linalg.tucker(core, factors), tensor, **EXACT)
+    core, factors = solve.hosvd(tensor, (6, 7, 8))
+    torch.testing.assert_close(solve.tucker(core, factors), tensor, **EXACT)
     ranks, cut = (3, 4, 2), 0.0
     for mode, rank in enumerate(ranks):
         values = torch.linalg.svdvals(tensor.movedim(mode, 0).flatten(1))
         cut += float(values[rank:].square().sum())
-    error = float((linalg.tucker(*linalg.hosvd(tensor, ranks)) - tensor).square().sum())
-    swept = float((linalg.tucker(*linalg.hosvd(tensor, ranks, sweeps=5)) - tensor).square().sum())
+    error = float((solve.tucker(*solve.hosvd(tensor, ranks)) - tensor).square().sum())
+    swept = float((solve.tucker(*solve.hosvd(tensor, ranks, sweeps=5)) - tensor).square().sum())
     assert cut / 3 <= swept <= error <= cut
 
 
 def test_hosvd_of_a_tall_mode_takes_the_small_gram_matrix() -> None:
     tensor = randn(2000, 3, seed=5)
-    _, (factor, _) = linalg.hosvd(tensor, (2, None))
+    _, (factor, _) = solve.hosvd(tensor, (2, None))
     left, _, _ = torch.linalg.svd(tensor, full_matrices=False)
     torch.testing.assert_close((left[:, :2].T @ factor).abs(), torch.eye(2, dtype=torch.float64))
 
@@ -435,7 +435,7 @@ def test_hosvd_of_a_tall_mode_takes_the_small_gram_matrix() -> None:
 def test_leading_directions_of_a_deficient_mode_are_still_orthonormal() -> None:
     tensor = torch.zeros(9, 4, dtype=torch.float64)
     tensor[0, 0] = 1.0
-    factor = linalg.leading(tensor, 0, 3)
+    factor = solve.leading(tensor, 0, 3)
     torch.testing.assert_close(factor.T @ factor, torch.eye(3, dtype=torch.float64))
 
 

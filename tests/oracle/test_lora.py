@@ -159,7 +159,7 @@ def test_olora_starts_from_the_qr_factors() -> None:
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (8, 8)])
 def test_truncated_svd_equals_the_full_one_and_is_sign_fixed(shape: tuple[int, int]) -> None:
-    from lowrank_ft.linalg import truncated_svd
+    from lowrank_ft.solve import truncated_svd
 
     M = torch.randn(shape, dtype=torch.float64)
     U, S, Vt = truncated_svd(M, 5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ft
-from lowrank_ft import engine, linalg
+from lowrank_ft import engine, solve
 from lowrank_ft.calibration.statistics import Moments
 from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.modules.layer import layer_of
@@ -38,21 +38,17 @@ def reference(W: Tensor, C: Tensor, G: Tensor, rank: int) -> tuple[Tensor, float
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("metric", ["none", "C", "G", "both", "diagonal", "pulled"])
+@pytest.mark.parametrize("metric", ["none", "C", "G", "both", "diagonal", "WtGW"])
 def test_decomposition_is_the_optimum(shape: tuple[int, int], metric: str) -> None:
     W, rank = weight_of(shape), 3
-    C = moment(shape[1], 1) if metric in ("C", "both", "pulled") else None
+    C = moment(shape[1], 1) if metric in ("C", "both", "WtGW") else None
     if metric == "diagonal":
         C = torch.rand(shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    G = moment(shape[0], 2) if metric in ("G", "both", "pulled") else None
+    G = moment(shape[0], 2) if metric in ("G", "both", "WtGW") else None
     given: dict[str, Any] = {"G": G}
-    if metric == "pulled":
-        if shape[0] <= shape[1]:
-            with pytest.raises(ConfigError, match="more outputs than inputs"):
-                linalg.decompose(W, C, pulled=W.T @ G @ W)
-            return
-        given = {"pulled": W.T @ G @ W}
-    found = linalg.decompose(W, C, **given)
+    if metric == "WtGW":
+        given = {"WtGW": W.T @ G @ W}
+    found = solve.decompose(W, C, **given)
     factors = found.truncate(rank)
     full_C = torch.eye(shape[1]).double() if C is None else torch.diag(C) if C.dim() == 1 else C
     full_G = torch.eye(shape[0]).double() if G is None else G
@@ -61,7 +57,7 @@ def test_decomposition_is_the_optimum(shape: tuple[int, int], metric: str) -> No
     # roots multiplies it by their condition, at most 1e4 for these moments.
     torch.testing.assert_close(factors.B @ factors.A, best, rtol=1e-9, atol=1e-9)
     assert found.error(rank) == pytest.approx(error, rel=1e-9)
-    assert linalg.weighted_error(W - factors.B @ factors.A, C, G) == pytest.approx(error, rel=1e-9)
+    assert solve.weighted_error(W - factors.B @ factors.A, C, G) == pytest.approx(error, rel=1e-9)
     balanced = factors.balanced()
     torch.testing.assert_close(balanced.B @ balanced.A, best, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(balanced.B.T @ balanced.B, balanced.A @ balanced.A.T, rtol=1e-9, atol=1e-9)
@@ -69,7 +65,7 @@ def test_decomposition_is_the_optimum(shape: tuple[int, int], metric: str) -> No
 
 def test_signs_do_not_depend_on_the_solver() -> None:
     W = weight_of((40, 64))
-    full, fast = linalg.decompose(W), linalg.decompose(W, rank=3)
+    full, fast = solve.decompose(W), solve.decompose(W, rank=3)
     # A residual of 1e-6 λ₁ moves an eigenvector by 1e-6 λ₁ over its gap, which here is above λ₁/100.
     torch.testing.assert_close(full.truncate(3).B, fast.truncate(3).B, rtol=0, atol=1e-4)
     B = full.truncate(3).B
@@ -82,14 +78,14 @@ def test_the_randomized_solver_is_used_only_where_its_residual_is_small() -> Non
     steep = (q * torch.logspace(0, -12, n, dtype=torch.float64)) @ q.T
     flat = (q * torch.linspace(1, 0.9, n, dtype=torch.float64)) @ q.T
     for matrix in (steep, flat):
-        values, vectors = linalg.eigenpairs(matrix, 4, randomized=True)
+        values, vectors = solve.eigenpairs(matrix, 4, randomized=True)
         assert (matrix @ vectors - vectors * values).norm(dim=0).max() <= 1e-6 * values[0]
         torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix)[-4:].flip(0), rtol=1e-6, atol=0)
 
 
 def test_factor_spd_says_what_it_took() -> None:
     good = moment(5, 0)
-    found = linalg.factor_spd(good)
+    found = solve.factor_spd(good)
     assert (found.method, found.ridge) == ("cholesky", 0.0)
     torch.testing.assert_close(found.lower @ found.lower.T, good)
     torch.testing.assert_close(found.lower @ found.solve(good), good)
@@ -97,7 +93,7 @@ def test_factor_spd_says_what_it_took() -> None:
 
     thin = torch.randn(3, 6, dtype=torch.float64)
     singular = thin.T @ thin
-    found = linalg.factor_spd(singular)
+    found = solve.factor_spd(singular)
     assert 0 < found.ridge <= 1e-6
     # What was added to the diagonal is all that differs.
     torch.testing.assert_close(
@@ -109,15 +105,15 @@ def test_factor_spd_says_what_it_took() -> None:
         - 0.01 * good.diagonal().mean() * torch.eye(5)
         - torch.diag(torch.linalg.eigvalsh(good)[:1].expand(5))
     )
-    found = linalg.factor_spd(indefinite)
+    found = solve.factor_spd(indefinite)
     assert found.method == "eigh"
     assert torch.equal(found.lower, found.lower.tril())
     assert torch.linalg.eigvalsh(found.lower @ found.lower.T).min() > 0
 
     with pytest.raises(NonFiniteError, match="NaN"):
-        linalg.factor_spd(good * float("nan"))
+        solve.factor_spd(good * float("nan"))
     with pytest.raises(ConfigError, match="no data reached"):
-        linalg.factor_spd(torch.zeros(3, 3, dtype=torch.float64))
+        solve.factor_spd(torch.zeros(3, 3, dtype=torch.float64))
 
 
 # The method -------------------------------------------------------------------------------------------------
@@ -235,7 +231,7 @@ def test_the_prediction_is_the_quadratic_form_of_the_gradients() -> None:
     C = x.T @ x / len(x) - torch.outer(mean, mean)
     B, A = net.down.factors()
     ridged = G + 1e-4 * G.diagonal().mean() * torch.eye(6)
-    predicted = 0.5 * linalg.weighted_error((dense.down.weight - B @ A).detach(), C, ridged)
+    predicted = 0.5 * solve.weighted_error((dense.down.weight - B @ A).detach(), C, ridged)
     assert facts["predicted"] == pytest.approx(predicted, rel=1e-8)
 
 

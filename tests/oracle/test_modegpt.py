@@ -12,28 +12,29 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowrank_ft
-from lowrank_ft import engine, layouts, linalg
-from lowrank_ft.algorithms.modegpt import (
+from lowrank_ft import engine, solve
+from lowrank_ft.algorithms.modegpt import MoDeGPT, MoDeGPTMethod
+from lowrank_ft.algorithms.modegpt_groups import (
     ATTENTION,
     MLP,
     QK,
     VO,
     FusedAttention,
     Mlp,
-    MoDeGPT,
-    MoDeGPTMethod,
     QueryKey,
     ValueOutput,
 )
-from lowrank_ft.allocation import Option, allocate, combined, keep_by_entropy
+from lowrank_ft.anatomy import layouts
+from lowrank_ft.anatomy.sites import Site, select, stock_modules
 from lowrank_ft.calibration import collect
 from lowrank_ft.calibration.statistics import SiteStatistics
-from lowrank_ft.calibration.store import Known, Store
+from lowrank_ft.calibration.store import Store, StoredStatistics
 from lowrank_ft.errors import ConfigError, StateError, TargetError
 from lowrank_ft.modules.attention import AttentionNode, ResizedAttention
 from lowrank_ft.modules.layer import Layer, layer_of
 from lowrank_ft.modules.resized import Resized, ResizedNode
-from lowrank_ft.sites import Site, select, stock_modules
+from lowrank_ft.solve.allocation import Option, allocate, combined, keep_by_entropy
+from lowrank_ft.structure.heads import head_width, split_of
 from tests.contract.cases import Case
 from tests.oracle.moments import moment, randn, symmetric_root
 from tests.tiny import TINY, logits
@@ -55,7 +56,7 @@ def left_out(C: Tensor, K: Tensor, kept: Tensor) -> float:
 def test_errors_of_all_prefixes_are_those_of_the_definition() -> None:
     C, K = moment(24, 0), moment(24, 1)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
-    errors = linalg.nystrom_errors(C, K, order)
+    errors = solve.nystrom_errors(C, K, order)
     for k in (1, 5, 12, 23):
         assert float(errors[k]) == pytest.approx(left_out(C, K, order[:k]), rel=1e-9)
     assert float(errors[0]) == pytest.approx(float((K * C).sum()), rel=1e-12)
@@ -65,14 +66,14 @@ def test_errors_of_all_prefixes_are_those_of_the_definition() -> None:
 def test_the_refitted_weight_is_the_least_squares_answer() -> None:
     X, W = randn(200, 16, seed=3), randn(8, 16, seed=4)
     kept = torch.tensor([1, 4, 7, 8, 15])
-    refitted, _ = linalg.nystrom_refit(W, X.T @ X / 200, kept)
+    refitted, _ = solve.nystrom_refit(W, X.T @ X / 200, kept)
     expected = torch.linalg.lstsq(X[:, kept], X @ W.T).solution.T
     torch.testing.assert_close(refitted, expected, **CLOSE)
 
 
 def test_elimination_takes_the_cheapest_column_each_time() -> None:
     C, K = moment(14, 5), moment(14, 6)
-    order = linalg.elimination_order(C, K, 1)
+    order = solve.elimination_order(C, K, 1)
     kept = list(range(14))
     for gone in order.flip(0).tolist()[:-1]:
         costs = {j: left_out(C, K, torch.tensor([i for i in kept if i != j])) for j in kept}
@@ -83,13 +84,13 @@ def test_elimination_takes_the_cheapest_column_each_time() -> None:
 @pytest.mark.parametrize("step", [1, 3, 5, 100])
 def test_elimination_by_steps_is_a_permutation(step: int) -> None:
     C, K = moment(14, 5), moment(14, 6)
-    assert sorted(linalg.elimination_order(C, K, step).tolist()) == list(range(14))
+    assert sorted(solve.elimination_order(C, K, step).tolist()) == list(range(14))
 
 
 def test_elimination_beats_leverage_scores() -> None:
     C, K = moment(40, 7), moment(40, 8)
-    ours = linalg.nystrom_errors(C, K, linalg.elimination_order(C, K, 2))
-    theirs = linalg.nystrom_errors(C, K, linalg.leverage_scores(C).argsort(descending=True))
+    ours = solve.nystrom_errors(C, K, solve.elimination_order(C, K, 2))
+    theirs = solve.nystrom_errors(C, K, solve.leverage_scores(C).argsort(descending=True))
     assert (ours[10:35] < theirs[10:35]).all()
 
 
@@ -97,12 +98,12 @@ def test_leverage_scores_are_those_of_the_definition() -> None:
     C = moment(20, 9)
     ridge = 0.3 * C.diagonal().mean() * torch.eye(20, dtype=torch.float64)
     expected = (C @ torch.linalg.inv(C + ridge)).diagonal()
-    torch.testing.assert_close(linalg.leverage_scores(C, 0.3), expected, **CLOSE)
+    torch.testing.assert_close(solve.leverage_scores(C, 0.3), expected, **CLOSE)
 
 
 def test_pivots_are_the_largest_residual_diagonals() -> None:
     C = moment(12, 10)
-    order = linalg.pivoted_order(C).tolist()
+    order = solve.pivoted_order(C).tolist()
     for k in range(12):
         J = torch.tensor(order[:k], dtype=torch.long)
         residual = C - C[:, J] @ torch.linalg.solve(C[J][:, J], C[J]) if k else C
@@ -113,12 +114,12 @@ def test_pulling_a_gradient_through_a_weight() -> None:
     """From G, or from what is kept of it for a tall layer; the two agree where G is a multiple of I."""
     W, G = randn(9, 5, seed=13), moment(9, 14)
     ridge = 0.01 * G.diagonal().mean() * torch.eye(9, dtype=torch.float64)
-    torch.testing.assert_close(linalg.pull(W, G, ridge=0.01), W.T @ (G + ridge) @ W, **CLOSE)
-    torch.testing.assert_close(linalg.pull(W), W.T @ W, **CLOSE)
-    torch.testing.assert_close(linalg.pull(W, pulled=W.T @ G @ W), W.T @ G @ W, **CLOSE)
-    white = linalg.pull(W, pulled=3 * W.T @ W, ridge=0.01)
+    torch.testing.assert_close(solve.gram_under(W, G, ridge=0.01), W.T @ (G + ridge) @ W, **CLOSE)
+    torch.testing.assert_close(solve.gram_under(W), W.T @ W, **CLOSE)
+    torch.testing.assert_close(solve.gram_under(W, WtGW=W.T @ G @ W), W.T @ G @ W, **CLOSE)
+    white = solve.gram_under(W, WtGW=3 * W.T @ W, ridge=0.01)
     torch.testing.assert_close(
-        white, linalg.pull(W, 3 * torch.eye(9, dtype=torch.float64), ridge=0.01), **CLOSE
+        white, solve.gram_under(W, 3 * torch.eye(9, dtype=torch.float64), ridge=0.01), **CLOSE
     )
 
 
@@ -277,7 +278,7 @@ def test_the_cost_of_values_is_the_weighted_error_of_the_output(name: str) -> No
         X = known[group.names[1]]
         G = X.G + 1e-4 * X.G.diagonal().mean() * torch.eye(len(X.G), dtype=torch.float64)
         C = X.C if group.o.bias is None else X.C - torch.outer(X.mean, X.mean)
-        measured = linalg.weighted_error(group.o.weight.detach() - o @ P, C, G)
+        measured = solve.weighted_error(group.o.weight.detach() - o @ P, C, G)
         assert option.loss == pytest.approx(0.5 * measured, rel=1e-7)
 
 
@@ -326,7 +327,7 @@ def sliced(name: str, queries: bool, values: bool) -> tuple[nn.Module, nn.Module
     generator = torch.Generator().manual_seed(3)
     cut, zeroed = TINY[name].model(torch.float64), TINY[name].model(torch.float64)
     owner, names = names_of(cut)
-    h = layouts.head_width(cut.get_submodule(owner))
+    h = head_width(cut.get_submodule(owner))
     heads = cut.config.num_attention_heads
     key_heads = getattr(cut.config, "num_key_value_heads", heads)
     rows: dict[str, Tensor] = {}
@@ -438,7 +439,7 @@ def with_separate_projections(model: Any) -> Any:
     state = {}
     for name, tensor in model.state_dict().items():
         if "qkv_proj" in name:
-            split = list(layouts.split_of(model.model.layers[0].self_attn, len(tensor)))
+            split = list(split_of(model.model.layers[0].self_attn, len(tensor)))
             parts = dict(zip(("q_proj", "k_proj", "v_proj"), tensor.split(split), strict=True))
             state |= {name.replace("qkv_proj", part): rows for part, rows in parts.items()}
         elif "gate_up_proj" in name:
@@ -451,7 +452,7 @@ def with_separate_projections(model: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Known]]:
+def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, StoredStatistics]]:
     """A model with fused projections and one with separate ones, each with its statistics."""
     fused = TINY["phi3"].model(torch.float64)
     found = {}
@@ -463,7 +464,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Know
         with torch.no_grad():
             collect.inputs(model, None, modules, batches, stores[0])
             collect.gradients(model, None, modules, batches, stores[1], None)
-        found[name] = model, Known(*stores)
+        found[name] = model, StoredStatistics(*stores)
     batch = TINY["phi3"].inputs()
     torch.testing.assert_close(logits(found["fused"][0], batch), logits(found["separate"][0], batch), **CLOSE)
     return found

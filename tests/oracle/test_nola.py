@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowrank_ft
-from lowrank_ft import basis, blockwise, compiled, engine
+from lowrank_ft import basis, compiled, engine
 from lowrank_ft.algorithms.nola import NOLADelta
 from lowrank_ft.basis import cpu, philox
 from lowrank_ft.basis.philox import Stream
 from lowrank_ft.checkpoint import files
 from lowrank_ft.errors import CheckpointError, ConfigError
+from lowrank_ft.quant import blockwise
 from tests.oracle.moments import randn
 from tests.oracle.single import delta_of, linear
 from tests.tiny import TINY, logits, perturb

@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft import allocation, linalg
+from lowrank_ft import solve
 from lowrank_ft.algorithms.lq_lora import split
-from lowrank_ft.algorithms.nf import leaves
-from lowrank_ft.allocation import Option
+from lowrank_ft.algorithms.nf import leaves, metric_of
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.modules.lowrank import LowRankNode
 from lowrank_ft.quant import Scheme, Storage, codebooks, cpu, program, storage_of
-from lowrank_ft.quant.metric import Metric
 from lowrank_ft.quant.packing import look_up, pack_codes, packed_size, unpack_codes
 from lowrank_ft.quant.rounding import Feedback
 from lowrank_ft.quant.storage import BlockStorage
+from lowrank_ft.solve import allocation
+from lowrank_ft.solve.allocation import Option
+from lowrank_ft.solve.metric import Metric
 from tests.oracle.moments import randn
 
 # QLoRA, appendix E; eight decimals of float32.
@@ -307,7 +308,7 @@ def root(side: Tensor | None, size: int) -> Tensor:
 def test_metric_and_its_leading_factors(objective: str, shape: tuple[int, int]) -> None:
     """The error is ``‖L^½ E R^½‖²``; the best factors take what a full SVD says, nearly."""
     known, E = statistics(*shape), randn(*shape, seed=1)
-    metric = Metric.of(known, objective, torch.device("cpu"))
+    metric = metric_of(known, objective, torch.device("cpu"))
     left, right = root(metric.left, shape[0]), root(metric.right, shape[1])
     weighted = left @ E @ right
     assert metric.error(E.float()) == pytest.approx(metric.unit * float(weighted.square().sum()), rel=1e-4)
@@ -323,7 +324,7 @@ def test_metric_and_its_leading_factors(objective: str, shape: tuple[int, int]) 
 
 def test_fisher_metric_is_the_papers_up_to_the_mean() -> None:
     known = statistics(5, 7)
-    metric = Metric.of(known, "fisher", torch.device("cpu"))
+    metric = metric_of(known, "fisher", torch.device("cpu"))
     weights = metric.densities(torch.Size((5, 7))).double()
     expected = known.fisher_rows[:, None] * known.fisher_columns / known.fisher_rows.mean()
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=0)
@@ -361,8 +362,8 @@ def test_one_turn_of_the_papers_is_pissa_or_corda_on_a_quantised_residual(moment
     W, C = randn(48, 64, seed=4), spd(64, 2) if moment == "inputs" else torch.eye(64).double()
     metric, scheme = Metric(None, C if moment == "inputs" else None), Scheme("nf", 4, 16, 32)
     found = split(W.float(), scheme, metric, 4, iterations=1, paper=True)
-    U, _ = linalg.output_directions(W, C, 4, squared=False, last=False)  # as CorDA starts
-    best, kept = (linalg.weighted_error(part, C) for part in (U @ U.T @ W, found.factors.B @ found.factors.A))
+    U, _ = solve.output_directions(W, C, 4, squared=False, last=False)  # as CorDA starts
+    best, kept = (solve.weighted_error(part, C) for part in (U @ U.T @ W, found.factors.B @ found.factors.A))
     # Subspace iteration stops where a step gains less than 0.1% of the energy that it holds; in a spectrum
     # as flat as a random matrix's a step leaves the larger part of what is missing.
     assert 0.99 * best <= kept <= best * (1 + 1e-5)
@@ -383,7 +384,7 @@ def test_refitting_beats_the_paper_and_rounding(feedback: bool) -> None:
     assert min(ours.errors) < min(theirs.errors) < metric.error(W - rounded)
     read = unpacked(storage_of(scheme), ours.packed, W.shape).double()
     left = W.double() - read - ours.factors.B @ ours.factors.A
-    assert linalg.weighted_error(left, C) == pytest.approx(min(ours.errors), rel=1e-3)
+    assert solve.weighted_error(left, C) == pytest.approx(min(ours.errors), rel=1e-3)
 
 
 # The program ------------------------------------------------------------------------------------------------
@@ -428,7 +429,7 @@ def test_uniform_takes_the_best_scheme_that_fits() -> None:
 def test_predicted_costs_are_the_measured_ones(objective: str) -> None:
     """Of all 432 configurations: what quantised scales add is estimated, the rest is measured."""
     W, known = randn(64, 96, seed=1).float(), statistics(64, 96)
-    metric = Metric.of(known, objective, torch.device("cpu"))
+    metric = metric_of(known, objective, torch.device("cpu"))
     schemes = program.grid(Scheme(), "paper")
     assert len(set(schemes)) == 432
     options = {o.scheme: o for o in program.options_of(program.Matrix(W, metric), schemes)}

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ft
-from lowrank_ft import engine, linalg
-from lowrank_ft.algorithms.tucker import Metric, by_channel, size_of
+from lowrank_ft import engine, solve
+from lowrank_ft.algorithms import tucker
+from lowrank_ft.algorithms.tucker import by_channel, size_of
+from lowrank_ft.anatomy.sites import Site
 from lowrank_ft.calibration.statistics import SiteStatistics
 from lowrank_ft.errors import ConfigError, TargetError
-from lowrank_ft.manifest import from_json, to_json
 from lowrank_ft.modules.layer import ConvLayer, layer_of
 from lowrank_ft.modules.tucker import TuckerConv, TuckerNode
+from lowrank_ft.structure.manifest import from_json, replacements, to_json
 from tests.oracle.moments import randn
 from tests.oracle.single import Single
 from tests.tiny import TINY, logits, perturb
@@ -125,7 +127,7 @@ def test_weights_alone_is_the_higher_order_svd() -> None:
     options = {"objective": "weight", "ratio": 0.5, "ratio_of": "targets", "align": 1}
     lowrank_ft.wrap(model, "tucker", targets="layer", **options)
     node = model.layer.structure()
-    wanted = linalg.tucker(*linalg.hosvd(weight, (node.rank_out, node.rank_in, None, None)))
+    wanted = solve.tucker(*solve.hosvd(weight, (node.rank_out, node.rank_in, None, None)))
     torch.testing.assert_close(model.layer.product(), wanted, **EXACT)
 
 
@@ -157,9 +159,7 @@ def test_what_stays_outside_is_the_best_of_its_rank(rank_in: int | None) -> None
     module, known = node.build(dense.layer), SiteStatistics(len(patches), C, patches.mean(0))
     method = method_of(objective="output")
     with torch.no_grad():
-        method.values(
-            engine.sites.Site(("layer",), (dense.layer,), "conv"), {"layer": module}, {"layer": known}
-        )
+        method.values(Site(("layer",), (dense.layer,), "conv"), {"layer": module}, {"layer": known})
     outer, core, inner = module.factors()
     reduced = dense.layer.weight if inner is None else projected(dense.layer.weight, inner, C)
     moved = C if inner is None else through(C, inner)
@@ -212,14 +212,14 @@ def test_a_metric_behind_a_pointwise_convolution_is_that_of_what_comes_there(tal
     assert isinstance(layer, ConvLayer)
     C, G = patches.T @ patches / 500, gradients.T @ gradients / 500
     weight = layer.matrix().detach()
-    given = {"pulled": weight.T @ G @ weight} if tall else {"G": G}
+    given = {"WtGW": weight.T @ G @ weight} if tall else {"G": G}
     with torch.no_grad():
-        metric = Metric.of(layer, SiteStatistics(500, C, patches.mean(0), **given), by_loss=True)
+        metric = tucker.metric_of(layer, SiteStatistics(500, C, patches.mean(0), **given), by_loss=True)
         inner = randn(3, 8, seed=3)
-        found = metric.through(inner, 9)
-        torch.testing.assert_close(found.C, through(C, inner.T), **EXACT)
+        found = tucker.through(metric, inner, 9)
+        torch.testing.assert_close(found.right, through(C, inner.T), **EXACT)
         reduced = projected(conv.weight, inner.T, C).flatten(1)
-        torch.testing.assert_close(found.pulled, reduced.T @ G @ reduced, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.WtGW, reduced.T @ G @ reduced, rtol=1e-9, atol=1e-9)
 
 
 def test_by_channel_sums_the_offsets() -> None:
@@ -249,7 +249,7 @@ def test_sizes_are_what_is_left(objective: str) -> None:
     data = {} if objective == "weight" else {"data": [tiny.inputs()] * 2}
     lowrank_ft.wrap(model, "tucker", targets="all-conv", ratio=0.4, align=1, objective=objective, **data)
     stock = dict(tiny.model().named_modules())
-    for name, module in engine.replacements(model).items():
+    for name, module in replacements(model).items():
         assert isinstance(module, TuckerConv)
         node, layer = module.structure(), layer_of(stock[name])
         assert isinstance(layer, ConvLayer)

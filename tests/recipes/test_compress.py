@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import lowrank_ft
 from lowrank_ft import cli
+from lowrank_ft.engine.counting import count
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.pipeline import count
 from tests.recipes.conftest import run
 
 
@@ -73,8 +73,8 @@ def test_compress_and_recover(
 
 
 def test_bad_stages(recipe: dict[str, Any], tmp_path: Path) -> None:
-    from lowrank_ft.compression import CompressConfig, compress
     from lowrank_ft.config import parse
+    from lowrank_ft.recipes.compression import CompressConfig, compress
 
     for stages, message in (
         ([], "has no stages"),

@@ -10,9 +10,10 @@ import datasets
 import pytest
 import torch
 
-from lowrank_ft import data, evaluation
-from lowrank_ft.data import IGNORED, DataConfig
+from lowrank_ft.calibration import texts
 from lowrank_ft.errors import ConfigError, NonFiniteError
+from lowrank_ft.recipes import data, evaluation
+from lowrank_ft.recipes.data import IGNORED, DataConfig
 from tests.tiny import TINY, VOCAB
 
 
@@ -93,15 +94,15 @@ def test_local_files(suffix: str, tmp_path: Path) -> None:
         ".parquet": lambda: rows.to_parquet(path),
         ".txt": lambda: path.write_text("the cat\na dog\n"),
     }[suffix]()
-    assert data.read(str(path), None, "train")["text"][:] == ["the cat", "a dog"]
+    assert texts.read(str(path), None, "train")["text"][:] == ["the cat", "a dog"]
     rows.save_to_disk(tmp_path / "disk")
-    assert data.read(str(tmp_path / "disk"), None, "train")["text"][:] == ["the cat", "a dog"]
+    assert texts.read(str(tmp_path / "disk"), None, "train")["text"][:] == ["the cat", "a dog"]
 
 
 def test_formats_and_labels_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "x.xml").write_text("")
     with pytest.raises(ConfigError, match=r"x.xml is of no known format"):
-        data.read(str(tmp_path / "x.xml"), None, "train")
+        texts.read(str(tmp_path / "x.xml"), None, "train")
     rows = datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 1}])
     with pytest.raises(ConfigError, match="has one class only"):
         data.classes_of(rows, "text", "label")

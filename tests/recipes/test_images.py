@@ -15,9 +15,11 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from lowrank_ft import cli, data, evaluation, images, models
-from lowrank_ft.data import DataConfig
+from lowrank_ft import cli
+from lowrank_ft.calibration import texts
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.recipes import evaluation, images, models
+from lowrank_ft.recipes.data import DataConfig
 
 SIZE, NAMES = 32, ["dark", "light", "striped"]
 
@@ -181,7 +183,7 @@ def test_a_merged_model_is_stock_and_has_the_processor(recipe: dict[str, Any], t
     assert (processor.size["height"], processor.size["width"]) == (SIZE, SIZE)
     assert model.config.id2label == dict(enumerate(NAMES))
     rows = images.examples(
-        data.read(recipe["data"]["eval"], None, "train"), DataConfig("", image_size=SIZE), [0, 1, 2]
+        texts.read(recipe["data"]["eval"], None, "train"), DataConfig("", image_size=SIZE), [0, 1, 2]
     )
     collate = images.Collator(processor, torch.float32)
     found = evaluation.mean_loss(model, rows, collate, 4, "merged", classes=3)
@@ -195,7 +197,7 @@ def test_the_models_own_processor_is_used(tmp_path: Path, pictures: Path) -> Non
         "image_mean": [0.0, 0.5, 1.0], "image_std": [1.0, 0.5, 2.0],
     }  # fmt: skip
     (base / "preprocessor_config.json").write_text(json.dumps(facts))
-    train = data.read(str(pictures / "train.parquet"), None, "train")
+    train = texts.read(str(pictures / "train.parquet"), None, "train")
     rows = images.examples(train, DataConfig(""), [0, 1, 2])
     batch = images.Collator(images.load_processor(str(base), None, SIZE), torch.float32)([rows[1], rows[4]])
     assert batch["labels"].tolist() == [1, 1]

@@ -16,9 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
-from lowrank_ft import cli, compression, evaluation, registry, training
+from lowrank_ft import cli
 from lowrank_ft.algorithms.base import Family
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.recipes import compression, evaluation, training
+from lowrank_ft.structure import registry
 
 ROOT = Path(__file__).parents[2]
 

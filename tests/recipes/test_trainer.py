@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lowrank_ft
-from lowrank_ft import data, engine
+from lowrank_ft import engine
 from lowrank_ft.errors import CheckpointError, NonFiniteError, StateError
+from lowrank_ft.recipes import data
 from tests.recipes.conftest import sentence
 from tests.tiny import TINY, logits, perturb
 

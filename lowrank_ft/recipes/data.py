@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowrank_ft.calibration.texts import read
 from lowrank_ft.errors import ConfigError, did_you_mean
 
 IGNORED = -100  # labels that no loss counts
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]  # makes a batch of examples
-
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -73,27 +71,6 @@ def load(config: DataConfig, seed: int) -> tuple[Any, Any]:
     return train, held_out
 
 
-def read(source: str, name: str | None, split: str) -> Any:
-    """Return one dataset: a local file, a directory that `datasets` wrote, or a split of a hub dataset.
-
-    Raises:
-        ConfigError: a local path that is not there or of no known format.
-    """
-    import datasets
-
-    path = Path(source)
-    if path.is_file():
-        reader = _READERS.get(path.suffix)
-        if reader is None:
-            raise ConfigError(f"{source} is of no known format ({', '.join(_READERS)}).")
-        return datasets.load_dataset(reader, data_files=str(path), split="train")
-    if path.is_dir() and (path / "state.json").exists():
-        return datasets.load_from_disk(source)
-    if source.startswith((".", "/")) or path.suffix in _READERS:
-        raise ConfigError(f"There is no data at {source}.")
-    return datasets.load_dataset(source, name, split=split)
-
-
 # Causal language modelling ----------------------------------------------------------------------------------
 
 
@@ -126,18 +103,6 @@ def pack(rows: Mapping[str, Sequence[Sequence[int]]], length: int) -> dict[str, 
     joined = {key: [token for row in value for token in row] for key, value in rows.items()}
     total = len(joined["input_ids"]) // length * length
     return {key: [value[i : i + length] for i in range(0, total, length)] for key, value in joined.items()}
-
-
-def text_ids(texts: Sequence[str], tokenizer: Any, max_tokens: int | None = None) -> Tensor:
-    """Return texts as one row of token ids, each ended by the end-of-text token."""
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        if max_tokens is not None and len(ids) >= max_tokens:
-            break
-    return torch.tensor(ids[:max_tokens])
 
 
 def _kind(dataset: Any, config: DataConfig) -> str:

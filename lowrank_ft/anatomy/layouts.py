@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import nn
 
 from lowrank_ft.errors import TargetError, did_you_mean
 from lowrank_ft.modules.layer import layer_of
+from lowrank_ft.structure import heads
 
 # The role of a layer, by the longest suffix of its name that is listed here.
 ROLES: dict[str, str] = {
@@ -156,8 +156,9 @@ def layout_of(model: nn.Module) -> Layout:
     raise TargetError(
         f"There is no layout for the model type {kind!r} ({type(model).__name__}), so its coupled layers are "
         f"not known.{did_you_mean(str(kind), LAYOUTS)} Known: {', '.join(LAYOUTS)}. For a model whose MLP is "
-        f"down(act(gate(x)) * up(x)), say what the layers are called: lowrank_ft.layouts.LAYOUTS[{kind!r}] = "
-        f"Layout(up='mlp.up_proj', down='mlp.down_proj', gate='mlp.gate_proj'); attention= adds its heads."
+        f"down(act(gate(x)) * up(x)), say what the layers are called: "
+        f"lowrank_ft.anatomy.layouts.LAYOUTS[{kind!r}] = Layout(up='mlp.up_proj', "
+        f"down='mlp.down_proj', gate='mlp.gate_proj'); attention= adds its heads."
     )
 
 
@@ -211,25 +212,7 @@ def fused_parts(model: nn.Module, name: str, layer: nn.Module) -> tuple[int, ...
     if hasattr(layer, "stock_shape"):  # it lost some of them
         return ()
     owner = model.get_submodule(f"{name.removesuffix(attention.qkv)}{attention.name}")
-    return split_of(owner, layer_of(layer, name).out_features)
-
-
-def split_of(attention: nn.Module, outputs: int) -> tuple[int, int, int]:
-    """Return how many of a fused projection's outputs are queries, keys and values.
-
-    Args:
-        attention: the stock module that attends.
-        outputs: of the projection.
-    """
-    queries = cast(Any, attention).config.num_attention_heads * head_width(attention)
-    keys = (outputs - queries) // 2
-    return queries, keys, keys
-
-
-def head_width(attention: nn.Module) -> int:
-    """Return the width of a stock attention module's heads."""
-    width = getattr(attention, "head_dim", None)
-    return int(cast(Any, attention).attention_head_size if width is None else width)
+    return heads.split_of(owner, layer_of(layer, name).out_features)
 
 
 def role_of(name: str, module: nn.Module) -> str:

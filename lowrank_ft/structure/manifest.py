@@ -10,53 +10,21 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import nn
 
-from lowrank_ft import config, registry
+from lowrank_ft import config
 from lowrank_ft.errors import CheckpointError, ConfigError
-from lowrank_ft.modules.replacement import Container, Replacement
+from lowrank_ft.structure import registry
+from lowrank_ft.structure.node import Node
+from lowrank_ft.structure.replacement import Container, Replacement
 
 _MODULE_NAME = re.compile(r"[^./\\\s]+(\.[^./\\\s]+)*")
 
 
-class Node(ABC):
-    """The structure of one module: a frozen dataclass of plain data, registered under its ``kind``.
-
-    Fields may hold scalars, tuples, other nodes, and mappings of names to nodes; nothing else reaches JSON.
-    """
-
-    kind: ClassVar[str]
-
-    @abstractmethod
-    def build(self, module: nn.Module, name: str = "") -> nn.Module:
-        """Return the module this node describes, to stand where ``module`` stands now.
-
-        Shapes, device and dtype follow ``module``, which may be on ``meta``; values are left undefined.
-        Must not change ``module``.
-
-        Args:
-            module: what stands there.
-            name: its name in the stock model.
-        """
-
-
 Manifest = dict[str, Node]
-
-
-@registry.register_node
-@dataclasses.dataclass(frozen=True)
-class DenseNode(Node):
-    """A stock module, as the base model has it."""
-
-    kind: ClassVar[str] = "dense"
-
-    def build(self, module: nn.Module, name: str = "") -> nn.Module:
-        """Return ``module`` itself."""
-        return module
 
 
 def describe(model: nn.Module) -> Manifest:
@@ -78,11 +46,6 @@ def replacements(model: nn.Module) -> dict[str, Replacement]:
             found[name] = module
             outermost = outermost if isinstance(module, Container) else name
     return found
-
-
-def node_of(module: nn.Module) -> Node:
-    """Return the structure of one module: a stock one is dense."""
-    return module.structure() if isinstance(module, Replacement) else DenseNode()
 
 
 # JSON -----------------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ft import engine, sites
+from lowrank_ft.anatomy import sites
+from lowrank_ft.engine.surgery import replace, write_config
 from lowrank_ft.errors import StateError
-from lowrank_ft.manifest import replacements
 from lowrank_ft.modules.layer import stock_linear
 from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.quant import Scheme, storage_of
 from lowrank_ft.quant.bnb import NESTED_BLOCK
+from lowrank_ft.structure.manifest import replacements
 
 _MARKS = (  # what transformers sets on a model that it loads with bitsandbytes
     "hf_quantizer",
@@ -54,14 +55,14 @@ def adopted(model: nn.Module) -> Iterator[None]:
         yield
         return
     ours = {name: _taken_over(module, name, _dtype(model, module)) for name, module in theirs.items()}
-    engine.replace(model, ours)
+    replace(model, ours)
     marks = _take_marks(model)
-    engine._write_config(model)
+    write_config(model)
     try:
         yield
     except BaseException:
         if _stand_alone(model, ours):
-            engine.replace(model, theirs)
+            replace(model, theirs)
             for where, name, value in marks:
                 where[name] = value
         raise

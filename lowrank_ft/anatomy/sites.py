@@ -10,11 +10,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from lowrank_ft import layouts
+from lowrank_ft.anatomy import layouts
 from lowrank_ft.errors import TargetError, did_you_mean
 from lowrank_ft.modules.host import Host
 from lowrank_ft.modules.layer import Layer, find_layer, layer_of
-from lowrank_ft.modules.replacement import Container, Replacement
+from lowrank_ft.structure.replacement import Container, Replacement
 
 T = TypeVar("T")
 
@@ -49,6 +49,19 @@ class Site:
         """Those of the modules that are layers, by name."""
         pairs = zip(self.names, self.modules, strict=True)
         return {name: module for name, module in pairs if find_layer(module) is not None}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which layers of a model are meant; :func:`select` says how each field is read."""
+
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+    layers: int | Sequence[int] | None = None
+
+    def select(self, model: nn.Module) -> list[Site]:
+        """Return one site for each layer that is meant; see :func:`select`."""
+        return select(model, self.targets, self.exclude, self.layers)
 
 
 def stock_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,17 +11,26 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from lowrank_ft.errors import RegistryError, did_you_mean
 
-if TYPE_CHECKING:
-    from lowrank_ft.algorithms.base import Method
-    from lowrank_ft.manifest import Node
+
+class Named(Protocol):
+    """What a method's class has: see :class:`lowrank_ft.algorithms.base.Method`."""
+
+    name: ClassVar[str]
+
+
+class Kind(Protocol):
+    """What a node's class has: see :class:`lowrank_ft.structure.node.Node`."""
+
+    kind: ClassVar[str]
+
 
 T = TypeVar("T")
-MethodT = TypeVar("MethodT", bound="type[Method[Any]]")
-NodeT = TypeVar("NodeT", bound="type[Node]")
+MethodT = TypeVar("MethodT", bound=type[Named])
+NodeT = TypeVar("NodeT", bound=type[Kind])
 
 ENTRY_POINT_GROUP = "lowrank_ft.methods"
 
@@ -93,8 +102,8 @@ def _load_entry_point(entry: EntryPoint) -> None:
         ) from error
 
 
-methods: Registry[type[Method[Any]]] = Registry("method", _import_methods)
-nodes: Registry[type[Node]] = Registry("node kind", _import_methods)
+methods: Registry[Any] = Registry("method", _import_methods)  # subclasses of Method
+nodes: Registry[Any] = Registry("node kind", _import_methods)  # subclasses of Node
 
 
 def register_method(cls: MethodT) -> MethodT:
@@ -104,6 +113,6 @@ def register_method(cls: MethodT) -> MethodT:
 
 
 def register_node(cls: NodeT) -> NodeT:
-    """Class decorator: make a :class:`~lowrank_ft.manifest.Node` known by its ``kind``."""
+    """Class decorator: make a :class:`~lowrank_ft.structure.node.Node` known by its ``kind``."""
     nodes.add(cls.kind, cls)
     return cls

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_ft import data
-from lowrank_ft.data import DataConfig
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.recipes import data
+from lowrank_ft.recipes.data import DataConfig
 
 # For a model that was saved without a processor: the whole picture, and ImageNet's mean and deviation.
 _PLAIN = {

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lowrank_ft.manifest import Node
-    from lowrank_ft.modules.layer import Layer
+from lowrank_ft.structure.node import DenseNode, Node
 
 
 class Replacement(nn.Module):
@@ -33,8 +31,8 @@ class Replacement(nn.Module):
     def structure(self) -> Node:
         """Return the node that describes this module, read off the module itself."""
 
-    def view(self) -> Layer | None:
-        """Return this module as a layer that adapters can be put on, or None where it is none."""
+    def view(self) -> Any:
+        """Return this module as a :class:`~lowrank_ft.modules.layer.Layer`, or None where it is none."""
         return None
 
 
@@ -71,3 +69,8 @@ class Container(Replacement):
             if name == "_shell" or "_shell" not in self.__dict__:
                 raise
             return getattr(self.__dict__["_shell"], name)
+
+
+def node_of(module: nn.Module) -> Node:
+    """Return the structure of one module: a stock one is dense."""
+    return module.structure() if isinstance(module, Replacement) else DenseNode()

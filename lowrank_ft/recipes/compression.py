@@ -15,17 +15,20 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from lowrank_ft import checkpoint, data, engine, evaluation, models, registry, reporting, training
+from lowrank_ft import checkpoint, engine
 from lowrank_ft import config as configs
 from lowrank_ft.algorithms.base import Counts, Family, MethodConfig
+from lowrank_ft.anatomy.sites import stock_modules
+from lowrank_ft.calibration import texts
 from lowrank_ft.checkpoint import files, verify
-from lowrank_ft.data import DataConfig
+from lowrank_ft.engine.counting import bytes_of, count
 from lowrank_ft.errors import CheckpointError, ConfigError
 from lowrank_ft.modules.lowrank import LowRank
 from lowrank_ft.modules.resized import Resized
-from lowrank_ft.pipeline import bytes_of, count
-from lowrank_ft.sites import stock_modules
-from lowrank_ft.training import FinetuneConfig, ModelConfig, TrainConfig
+from lowrank_ft.recipes import data, evaluation, models, reporting, training
+from lowrank_ft.recipes.data import DataConfig
+from lowrank_ft.recipes.training import FinetuneConfig, ModelConfig, TrainConfig
+from lowrank_ft.structure import registry
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def _describe(stage: Stage) -> str:
 def _run(stage: Stage, model: nn.Module, tokenizer: Any, config: CompressConfig) -> None:
     where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
     needs = engine.calibration_of(stage.config) is not None
-    looks = {"data": data.read(config.data, None, "train"), "tokenizer": tokenizer} if needs else {}
+    looks = {"data": texts.read(config.data, None, "train"), "tokenizer": tokenizer} if needs else {}
     engine.wrap(model, stage.config, **where, **looks)
     if stage.train is not None:
         _train(model, tokenizer, stage.train, config)

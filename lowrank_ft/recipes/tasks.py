@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_ft import data, images, models
-from lowrank_ft.data import Collate, DataConfig
+from lowrank_ft.checkpoint import loading
+from lowrank_ft.recipes import data, images, models
+from lowrank_ft.recipes.data import Collate, DataConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _language_model(path: str, dtype: str, config: DataConfig, train: Any, held_
 def _text_classifier(path: str, dtype: str, config: DataConfig, train: Any, held_out: Any) -> Prepared:
     classes = data.classes_of(train, config.text_column, config.label_column)
     names = data.names_of(train, config.label_column, classes)
-    tokenizer = models.load_tokenizer(path)
+    tokenizer = loading.load_tokenizer(path)
     model = models.load_classifier(path, dtype, names, tokenizer.pad_token_id)
     return Prepared(
         model,

@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from lowrank_ft import checkpoint, data, engine, evaluation, layouts, models, registry, reporting, tasks
+from lowrank_ft import checkpoint, engine
 from lowrank_ft import config as configs
 from lowrank_ft.algorithms.base import AdapterConfig, MethodConfig
 from lowrank_ft.algorithms.lora import LoRA
-from lowrank_ft.checkpoint import files, native, verify
-from lowrank_ft.data import DataConfig
+from lowrank_ft.anatomy import layouts
+from lowrank_ft.calibration import texts
+from lowrank_ft.checkpoint import files, loading, native, verify
+from lowrank_ft.engine.counting import count
 from lowrank_ft.errors import ConfigError, NonFiniteError, StateError, did_you_mean
 from lowrank_ft.modules.quantized import Quantized
-from lowrank_ft.pipeline import count
+from lowrank_ft.recipes import data, evaluation, reporting, tasks
+from lowrank_ft.recipes.data import DataConfig
+from lowrank_ft.structure import registry
 
 # Callbacks for any Trainer ----------------------------------------------------------------------------------
 
@@ -398,7 +402,7 @@ def _prepare(config: FinetuneConfig) -> tuple[tasks.Prepared, dict[str, Tensor]]
             f"{type(config.method).__name__} leaves nothing to train: name an adapter as the method, and "
             f"what compresses or quantises in stages."
         )
-    models.check_path(config.model.path)
+    loading.check_path(config.model.path)
     if config.task != "causal-lm":
         if config.keep:
             raise ConfigError(
@@ -451,7 +455,7 @@ def _calibration(method: MethodConfig, config: FinetuneConfig, found: tasks.Prep
     if settings is None:
         return {}
     if config.calibration_data is not None:
-        return {"data": data.read(config.calibration_data, None, "train"), "tokenizer": found.processor}
+        return {"data": texts.read(config.calibration_data, None, "train"), "tokenizer": found.processor}
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(found.train), generator=generator).tolist()
     rows = found.train.select(order[: settings.samples])

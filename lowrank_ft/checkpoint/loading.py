@@ -1,4 +1,4 @@
-"""Loading models, tokenizers and image processors for the recipes."""
+"""Load the model that a checkpoint was made for: its class, its base, and what was saved on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_ft import checkpoint, layouts
+from lowrank_ft.anatomy import layouts
+from lowrank_ft.checkpoint.verbs import base_of, load
 from lowrank_ft.errors import CheckpointError, ConfigError, did_you_mean
 
 _DTYPES = {
@@ -31,13 +32,6 @@ def dtype_of(name: str) -> Any:
     return _DTYPES[name]
 
 
-def device_of(name: str) -> torch.device:
-    """Return the device of a config's name; "auto" is the GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def load_tokenizer(path: str) -> Any:
     """Return a tokenizer that can pad (with the end-of-text token where it has no padding token)."""
     from transformers import AutoTokenizer
@@ -48,59 +42,7 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_causal_lm(path: str, dtype: str, device: str, adapter: str | None = None) -> tuple[nn.Module, Any]:
-    """Return a causal language model, with an adapter on it if asked, and its tokenizer.
-
-    Raises:
-        ConfigError: a local path that is not there.
-    """
-    from transformers import AutoModelForCausalLM
-
-    check_path(path)
-    tokenizer = load_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(dtype))
-    if adapter is not None:
-        checkpoint.load(model, adapter)
-    return model.to(device_of(device)), tokenizer
-
-
-def load_classifier(path: str, dtype: str, classes: Sequence[str], pad_token_id: int) -> nn.Module:
-    """Return a sequence classifier with one output a class, its head new where the model has no such one.
-
-    Raises:
-        ConfigError: a local path that is not there; a model whose other weights do not fit either.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    check_path(path)
-    model: Any = _with_head(AutoModelForSequenceClassification, path, dtype, dict(enumerate(classes)))
-    model.config.pad_token_id = pad_token_id
-    return model  # type: ignore[no-any-return]
-
-
-def load_image_classifier(path: str, dtype: str, classes: Sequence[str]) -> nn.Module:
-    """Return an image classifier with one output a class, its head new where the model has no such one.
-
-    Raises:
-        ConfigError: a local path that is not there; a model that is none for images, does not take three
-            channels, or whose other weights do not fit either.
-    """
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    check_path(path)
-    config = AutoConfig.from_pretrained(path)
-    if type(config) not in AutoModelForImageClassification._model_mapping:
-        raise ConfigError(
-            f"{path} is a {config.model_type!r} model, which transformers has no image classifier for."
-        )
-    channels = getattr(config, "num_channels", 3)
-    if channels != 3:
-        raise ConfigError(f"{path} takes images of {channels} channels, and only 3 are supported.")
-    model: nn.Module = _with_head(AutoModelForImageClassification, path, dtype, dict(enumerate(classes)))
-    return model
-
-
-def _with_head(cls: Any, path: str, dtype: str, names: Mapping[Any, str]) -> Any:
+def with_head(cls: Any, path: str, dtype: str, names: Mapping[Any, str]) -> Any:
     """Load a classifier whose head may be of another size than the one that was saved, and nothing else."""
     model, found = cls.from_pretrained(
         path,
@@ -134,7 +76,7 @@ def load_whole(directory: str, dtype: str) -> nn.Module:
     Raises:
         CheckpointError: the directory is damaged, or of a class that transformers does not have.
     """
-    cls = _class_named(checkpoint.base_of(Path(directory)).get("class", ""))
+    cls = _class_named(base_of(Path(directory)).get("class", ""))
     return cls.from_pretrained(directory, dtype=dtype_of(dtype))  # type: ignore[no-any-return]
 
 
@@ -163,13 +105,13 @@ def load_any(path: str, adapter: str | None, dtype: str) -> tuple[nn.Module, Any
     if adapter is None:
         model = load_whole(path, dtype)
     else:
-        base = checkpoint.base_of(Path(adapter))
+        base = base_of(Path(adapter))
         cls = _class_named(base.get("class", "AutoModelForCausalLM"))
         if base.get("labels"):
-            model = _with_head(cls, path, dtype, base["labels"])
+            model = with_head(cls, path, dtype, base["labels"])
         else:
             model = cls.from_pretrained(path, dtype=dtype_of(dtype))
-        checkpoint.load(model, adapter)
+        load(model, adapter)
     return model, _processor((adapter, path) if adapter else (path,), model)
 
 
@@ -178,10 +120,10 @@ def _processor(directories: Sequence[str], model: nn.Module) -> Any:
     from transformers import AutoImageProcessor
 
     is_visual = getattr(model, "main_input_name", "") == "pixel_values"
-    load = AutoImageProcessor.from_pretrained if is_visual else load_tokenizer
+    read = AutoImageProcessor.from_pretrained if is_visual else load_tokenizer
     for directory in directories if is_visual else directories[-1:]:
         try:
-            return load(directory)
+            return read(directory)
         except (ImportError, OSError, ValueError):
             continue
     return None

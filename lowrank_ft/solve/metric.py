@@ -1,19 +1,15 @@
-"""What weighs the errors of a quantised matrix, and the best low-rank correction under it."""
+"""A two-sided metric: what weighs the errors of a matrix, and the best low-rank correction under it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lowrank_ft import linalg
-from lowrank_ft.calibration.statistics import SiteStatistics
-from lowrank_ft.errors import ConfigError
-
-Weighing = Literal["weight", "fisher", "activation", "loss"]
+from lowrank_ft.solve.factors import Factors
+from lowrank_ft.solve.symmetric import GRADIENT_RIDGE, Root, factor_spd
 
 _OVERSAMPLING = 8
 _STEPS = 12
@@ -28,40 +24,14 @@ class Metric:
         left: ``(out,)``, a diagonal, or ``(out, out)``; None for the identity.
         right: ``(in,)`` or ``(in, in)``, likewise.
         unit: what one squared weighted unit is worth.
+        WtGW: ``Wᵀ G W``, ``(in, in)``, of the weight W that errors are measured from, where it is known and
+            the left side G is not; only :func:`~lowrank_ft.solve.factors.decompose` reads it.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     unit: float = 1.0
-
-    @classmethod
-    def of(cls, known: SiteStatistics | None, objective: Weighing, device: torch.device) -> Metric:
-        """Return the metric of an objective at one layer.
-
-        ``fisher``: ``diag(row means) ⊗ diag(column means)`` of the squared gradient, over its mean, so that
-        it sums to the Fisher matrix's diagonal and layers compare (LQ-LoRA, arXiv 2311.12023, section 3.3).
-        ``activation``: the second moment of the input. ``loss``: that, and the output gradient's on the left
-        (its diagonal, of layers with more outputs than inputs): the predicted rise of the loss in nats per
-        token.
-
-        Raises:
-            ConfigError: a layer that was not looked at.
-        """
-        if objective == "weight":
-            return cls()
-        if known is None:
-            raise ConfigError(f"objective={objective!r} needs calibration data.")
-        if objective == "fisher":
-            if known.fisher_rows is None or known.fisher_columns is None:
-                raise ConfigError("objective='fisher' is for linear layers: exclude the others.")
-            mean = known.fisher_rows.mean().clamp_min(1e-300)
-            return cls(known.fisher_rows.to(device), (known.fisher_columns / mean).to(device))
-        C = known.C.to(device)
-        if objective == "activation":
-            return cls(None, C)
-        G = known.G if known.G is not None else known.G_diagonal
-        assert G is not None
-        return cls(G.to(device), C if known.C_weighted is None else known.C_weighted.to(device), 0.5)
+    WtGW: Tensor | None = None
 
     def error(self, E: Tensor) -> float:
         """Return the squared weighted error."""
@@ -79,7 +49,7 @@ class Metric:
             total = total * rows.float()[:, None].to(total)
         return total if columns is None else total * columns.float().to(total)
 
-    def leading(self, E: Tensor, rank: int, start: Tensor | None = None) -> tuple[linalg.Factors, Tensor]:
+    def leading(self, E: Tensor, rank: int, start: Tensor | None = None) -> tuple[Factors, Tensor]:
         """Return the best factors of a rank for ``E`` under this metric, and their energies.
 
         Subspace iteration on ``L^½ E R Eᵀ L^½`` (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm
@@ -117,7 +87,7 @@ class Metric:
             Q, values, vectors = self._whole(E)
         Q = Q @ vectors[:, -rank:].flip(1).to(Q)
         A = self._back(Q).T @ E
-        return linalg.Factors(self._undo(Q), A), self.unit * values[-rank:].flip(0).clamp_min(0)
+        return Factors(self._undo(Q), A), self.unit * values[-rank:].flip(0).clamp_min(0)
 
     def _whole(self, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         half = self._half(E.double())
@@ -158,9 +128,9 @@ class Metric:
         return None if self.right is None else self.right.float()
 
     @cached_property
-    def _root(self) -> linalg.Root:
+    def _root(self) -> Root:
         assert self.left is not None
-        return linalg.factor_spd(self.left, linalg.GRADIENT_RIDGE)
+        return factor_spd(self.left, GRADIENT_RIDGE)
 
     @cached_property
     def _lower(self) -> Tensor:

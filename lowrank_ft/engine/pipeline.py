@@ -5,42 +5,44 @@ The engine still makes every change; this file decides when.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
 from lowrank_ft import config as configs
-from lowrank_ft import engine, layouts, linalg, ties
-from lowrank_ft.algorithms.base import Counts, Family, Method, Need, Share
+from lowrank_ft import solve
+from lowrank_ft.algorithms.base import Family, Method, Need, Share, Statistics
+from lowrank_ft.anatomy import layouts, ties
+from lowrank_ft.anatomy.sites import Site, stock_modules
 from lowrank_ft.calibration import batches as batching
-from lowrank_ft.calibration import collect, stream
+from lowrank_ft.calibration import collect, probes, size, stream
 from lowrank_ft.calibration.batches import Batch, Loss, Source
 from lowrank_ft.calibration.statistics import SiteStatistics
-from lowrank_ft.calibration.store import Known, Notes, Store, write_whole
-from lowrank_ft.checkpoint import base_model
+from lowrank_ft.calibration.store import Store, StoredStatistics, check_room
+from lowrank_ft.engine.adapters import disable
+from lowrank_ft.engine.counting import bytes_of, count, numbers_in
+from lowrank_ft.engine.digest import key_of
+from lowrank_ft.engine.journal import Journal
+from lowrank_ft.engine.offers import Shelf, offers, recipe_of
+from lowrank_ft.engine.state import adapter_names, hosts, stock_tensors
+from lowrank_ft.engine.surgery import in_place, replace
 from lowrank_ft.errors import ConfigError, StateError
 from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.modules.lowrank import LowRank
-from lowrank_ft.modules.quantized import Quantized
-from lowrank_ft.modules.replacement import Container, Replacement
 from lowrank_ft.modules.resized import Resized
-from lowrank_ft.sites import Site, stock_modules
-
-_SCHEMA = 4  # of what the cache holds: a change there makes earlier caches unknown, not incomplete
+from lowrank_ft.solve.allocation import Handle
+from lowrank_ft.structure.replacement import Container, Replacement
 
 
 @dataclass
@@ -68,6 +70,11 @@ class Run:
     key: str
     loss: Loss | None
     name: str
+
+    @property
+    def kept(self) -> Path:
+        """Where to keep what the loss enters: what one of the caller's computes, its name does not tell."""
+        return self.root if self.loss is None else self.scratch
 
     @cached_property
     def chain(self) -> stream.Chain | None:
@@ -118,7 +125,7 @@ def statistics(
             method.check(site)
         yield {}
         return
-    bare = engine.disable(model) if engine.hosts(model) else nullcontext()
+    bare = disable(model) if hosts(model) else nullcontext()
     with bare, _begun(model, method, chosen, source) as run:
         known = _statistics(run)
         _warn_of_few_tokens(run, known)
@@ -151,7 +158,7 @@ def _begun(
         with tempfile.TemporaryDirectory() as directory, torch.no_grad():
             scratch = Path(directory)
             root = scratch if settings.cache is None else Path(settings.cache)
-            key = _key(model, batches)
+            key = key_of(model, batches)
             yield Run(model, method, chosen, batches, root, scratch, key, source.loss, name)
     finally:
         model.train(was_training)
@@ -166,12 +173,12 @@ def _check_loaded(site: Site) -> None:
 def _check_replaceable(model: nn.Module, chosen: Sequence[Site], family: Family) -> None:
     """Raise ``StateError`` where the layers of these sites cannot be replaced."""
     again = (Resized, Container, *((LowRank,) if family is Family.QUANTIZER else ()))
-    if engine.hosts(model):
+    if hosts(model):
         raise StateError(
-            f"The model carries the adapters {list(engine.adapter_names(model))}. Compressing would leave "
+            f"The model carries the adapters {list(adapter_names(model))}. Compressing would leave "
             f"them on weights that are gone: merge(model, reversible=False) or unload() them first."
         )
-    shared = ties.shared(engine.stock_tensors(model))
+    shared = ties.shared(stock_tensors(model))
     for site in chosen:
         for name, module in zip(site.names, site.modules, strict=True):
             if isinstance(module, Replacement) and not isinstance(module, again):
@@ -188,58 +195,126 @@ def _check_replaceable(model: nn.Module, chosen: Sequence[Site], family: Family)
 
 def _run(run: Run) -> list[dict[str, Any]]:
     method, settings = run.method, run.method.config.calibration
+    _check_measurable(run)
     store = _statistics(run)
     _warn_of_few_tokens(run, store)
-    counts = count(run.model)
-    shares = method.plan(run.chosen, store, counts)
-    # What a loss of the caller's led to cannot be told from its name, so such a run starts anew.
-    journal = Journal(run, shares, run.root if run.loss is None else run.scratch)
+    shelf = Shelf(
+        run.kept, recipe_of(method, run.chosen, [run.key, *(s.directory.name for s in store.stores)])
+    )
+    shares = method.choose(run.chosen, offers(method, run.chosen, store, shelf), count(run.model))
+    journal = Journal(run.kept, _recipe(run, shares))
     plan = list(zip(run.chosen, shares, strict=True))
-    if not settings.sequential or not method.needs():
-        facts = [
-            _solve(run, site, share, store, journal)
-            for site, share in tqdm(plan, desc="Compressing", unit="site", leave=False)
-        ]
-        new = {name: module for modules, _ in facts for name, module in modules.items()}
-        engine.replace(run.model, new)
-        rows = [row for _, of_site in facts for row in of_site]
-    else:
+    if settings.sequential and method.needs():
         rows = _sequential(run, plan, store, journal)
+    else:
+        rows = _at_once(run, plan, store, journal)
     journal.close()
     return rows
 
 
-def _statistics(run: Run) -> Known:
-    """Gather what the method asks for, or find it in the cache, under a name made of all it comes from."""
+def _at_once(
+    run: Run, plan: Sequence[tuple[Site, Share]], store: StoredStatistics, journal: Journal
+) -> list[dict[str, Any]]:
+    """Make what is to stand at all sites, each from what the model is now, and then put it in."""
+    new: dict[str, dict[str, nn.Module]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for site, share in tqdm(plan, desc="Compressing", unit="site", leave=False):
+        new[site.name], rows[site.name] = _solve(run, site, share, store, journal, share.handle)
+    for name, measured in _measured(run, new).items():
+        rows[name][0]["measured"] = measured
+    replace(run.model, {name: module for of_site in new.values() for name, module in of_site.items()})
+    return [row for of_site in rows.values() for row in of_site]
+
+
+def _measured(run: Run, new: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, float]:
+    """Return what each site's new modules alone do to the model's output, in nats per token, if asked for."""
+    settings = run.method.config.calibration
+    if not settings.measure_options:
+        return {}
+    batches = batching.take(run.batches, settings.probe_samples)
+    changes = {name: partial(in_place, run.model, modules) for name, modules in new.items() if modules}
+    return probes.divergences(run.model, run.chain, changes, batches)
+
+
+def _check_measurable(run: Run) -> None:
+    """Raise ``ConfigError`` where options are to be measured and cannot be."""
+    settings = run.method.config.calibration
+    if settings.measure_options and (settings.sequential or not run.batches):
+        why = "sequential calibration" if settings.sequential else "options that look at no data"
+        raise ConfigError(
+            f"calibration.measure_options runs the model with one option put in at a time, which does not go "
+            f"with {why}: leave it out."
+        )
+
+
+def _recipe(run: Run, shares: Sequence[Share]) -> dict[str, Any]:
+    """All that decides what a run makes of the model."""
+    options = configs.to_dict(run.method.config)
+    # A cache can be moved, and what is measured changes nothing.
+    options["calibration"] = {**options["calibration"], "cache": None, "measure_options": False}
+    return {
+        "key": run.key,
+        "method": run.method.name,
+        "options": options,
+        "sites": [site.names for site in run.chosen],
+        "ranks": [[share.rank, dict(share.ranks), configs.plain(share.scheme)] for share in shares],
+        "adapter": run.name,
+    }
+
+
+def _statistics(run: Run) -> StoredStatistics:
+    """Gather what the method asks for, or find it in the cache, under a name made of all it comes from.
+
+    Raises:
+        StorageError: the disk has no room for what is missing.
+    """
     settings, needs = run.method.config.calibration, run.method.needs()
     few = batching.take(run.batches, settings.gradient_samples)
-    # What a loss of the caller's computes cannot be told from its name, so nothing made with it is kept.
-    root = run.root if run.loss is None else run.scratch
     tail = f"{run.key}-{batching.fingerprint(few)[:16]}"
     fisher, weighted = Need.FISHER in needs, Need.WEIGHTED_INPUT in needs
     kind = "".join(("-fisher" if fisher else "", "-weighted" if weighted else ""))
-    known = Known(
+    store = StoredStatistics(
         Store(run.root / f"inputs-{run.key}"),
-        Store(root / f"gradients{kind}-{tail}"),
+        Store(run.kept / f"gradients{kind}-{tail}"),
         Store(run.root / f"probes-{tail}-{settings.probe_samples}"),
-        Notes(root / f"notes-{tail}"),
     )
 
-    def missing(need: bool, store: Store) -> bool:
-        return need and not store.names() >= set(run.modules)
+    def missing(need: bool, of_kind: Store) -> dict[str, nn.Module]:
+        return {name: module for name, module in run.modules.items() if need and name not in of_kind}
 
-    if missing(Need.INPUT in needs, known.inputs):
-        collect.inputs(run.model, run.chain, run.modules, run.batches, known.inputs)
-    if missing(fisher or Need.OUTPUT_GRADIENT in needs, known.gradients):
-        collect.gradients(run.model, run.chain, run.modules, few, known.gradients, run.loss, fisher, weighted)
-    if missing(Need.SENSITIVITY in needs, known.probes):
-        probes = batching.take(few, settings.probe_samples)
-        collect.sensitivities(run.model, run.chain, run.modules, probes, known.probes)
-    return known
+    inputs = missing(Need.INPUT in needs, store.inputs)
+    gradients = missing(fisher or Need.OUTPUT_GRADIENT in needs, store.gradients)
+    _check_room(run, inputs, gradients, weighted)
+    if inputs:
+        collect.inputs(run.model, run.chain, run.modules, run.batches, store.inputs)
+    if gradients:
+        collect.gradients(run.model, run.chain, run.modules, few, store.gradients, run.loss, fisher, weighted)
+    if missing(Need.SENSITIVITY in needs, store.probes):
+        samples = batching.take(few, settings.probe_samples)
+        probes.sensitivities(run.model, run.chain, run.modules, samples, store.probes)
+    return store
+
+
+def _check_room(
+    run: Run, inputs: Mapping[str, nn.Module], gradients: Mapping[str, nn.Module], weighted: bool
+) -> None:
+    """Raise ``StorageError`` where what is about to be gathered has no room on the disk."""
+    most = size.of_inputs(inputs) + size.of_gradients(run.model, gradients, weighted)
+    if most <= shutil.disk_usage(run.root).free:
+        return
+    # That many bytes where no two layers have one input: a forward of one sequence tells which have.
+    leaders = collect.shared_inputs(run.model, run.modules, run.batches[0]) if inputs else {}
+    alone = {name: module for name, module in inputs.items() if leaders.get(name, name) == name}
+    check_room(run.root, size.of_inputs(alone) + size.of_gradients(run.model, gradients, weighted))
 
 
 def _solve(
-    run: Run, site: Site, share: Share, statistics: Mapping[str, Any], journal: Journal
+    run: Run,
+    site: Site,
+    share: Share,
+    statistics: Statistics,
+    journal: Journal,
+    handle: Handle | None = None,
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
     """Build and fill what stands at one site; from the journal where it was finished before."""
     nodes = dict(run.method.structure(site, share))
@@ -247,22 +322,25 @@ def _solve(
         nodes[name] = AdaptedNode({run.name: delta}, nodes[name])
     modules = dict(zip(site.names, site.modules, strict=True))
     new = {name: node.build(modules[name], name) for name, node in nodes.items()}
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if new:
-        known = journal.read(site.name, new)
-        found = dict(run.method.values(site, new, statistics) or {}) if known is None else known
-        if known is None:
-            journal.write(site.name, new, found)
+        finished = journal.read(site.name, new)
+        if finished is None:
+            facts = dict(run.method.values(site, new, statistics, handle) or {})
+            journal.write(site.name, new, facts)
+        else:
+            facts = finished
         for name in site.layers.keys() & new.keys():
             new[name].requires_grad_(any(p.requires_grad for p in modules[name].parameters()))
-    return new, _rows(site, share, new, found)
+    return new, _rows(site, share, new, facts)
 
 
 def _rows(
     site: Site, share: Share, new: Mapping[str, nn.Module], found: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """What the report says of a site: one row; of a group factored layer by layer, one for each layer."""
-    if share.rank is not None or not share.ranks:
+    one_by_one = share.rank is None and any(name in site.layers for name in share.ranks)
+    if not one_by_one:
         return [_row(site, share.rank, new, share.predicted, found)]
     rows = []
     for name, module in site.layers.items():
@@ -295,20 +373,7 @@ def _row(
     }
 
 
-def numbers_in(modules: Iterable[nn.Module]) -> int:
-    """Return how many parameters modules have, quantised weights as many as they are."""
-    return sum(p.numel() for module in modules for p in module.parameters()) + sum(
-        part.weights for module in modules for part in module.modules() if isinstance(part, Quantized)
-    )
-
-
-def bytes_of(modules: Iterable[nn.Module]) -> int:
-    """Return the bytes of parameters and persistent buffers, tied ones once."""
-    tensors = (t for module in modules for t in module.state_dict().values())
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-
-
-def _warn_of_few_tokens(run: Run, known: Known) -> None:
+def _warn_of_few_tokens(run: Run, known: StoredStatistics) -> None:
     """Warn where a second moment is singular because fewer tokens were seen than it has rows."""
     short = []
     for name, module in run.modules.items():
@@ -322,14 +387,14 @@ def _warn_of_few_tokens(run: Run, known: Known) -> None:
         warnings.warn(
             f"The calibration data has {tokens} tokens, fewer than the {features} inputs of {name} "
             f"({len(short)} such layers): their second moments are singular, and take a ridge of "
-            f"{linalg.factor_spd(known[name].C).ridge:.0e} where they are inverted. Use more data.",
+            f"{solve.factor_spd(known[name].C).ridge:.0e} where they are inverted. Use more data.",
             UserWarning,
             stacklevel=5,
         )
 
 
 def _sequential(
-    run: Run, plan: Sequence[tuple[Site, Share]], dense: Known, journal: Journal
+    run: Run, plan: Sequence[tuple[Site, Share]], dense: StoredStatistics, journal: Journal
 ) -> list[dict[str, Any]]:
     """Compress block by block, each on what its compressed predecessors give it."""
     if run.chain is None:
@@ -339,107 +404,19 @@ def _sequential(
     rows: dict[int, list[dict[str, Any]]] = {}
     originals = {n: m for site in run.chosen for n, m in zip(site.names, site.modules, strict=True)}
     fresh = Store(journal.directory)
-    # Inputs as they are now; the rest as the dense model had it.
-    known = Known(fresh, dense.gradients, dense.probes, dense.notes)
+    # Inputs as they are now; the rest as the dense model had it. What options were made from is gone.
+    statistics = StoredStatistics(fresh, dense.gradients, dense.probes)
 
     def after(names: Sequence[str]) -> bool:
         for number, (site, share) in enumerate(plan):
             if site.layers.keys() <= set(names):
-                new, rows[number] = _solve(run, site, share, known, journal)
-                engine.replace(run.model, new)
+                new, rows[number] = _solve(run, site, share, statistics, journal)
+                replace(run.model, new)
         return bool(names)
 
     try:
         collect.inputs(run.model, run.chain, run.modules, run.batches, fresh, after)
     except BaseException:
-        engine.replace(run.model, originals)  # whatever part of it was replaced
+        replace(run.model, originals)  # whatever part of it was replaced
         raise
     return [row for number in range(len(plan)) for row in rows[number]]
-
-
-class Journal:
-    """Finished layers on disk: a run that was killed goes on where it was, and ends with the same bits."""
-
-    def __init__(self, run: Run, shares: Sequence[Share], root: Path) -> None:
-        options = configs.to_dict(run.method.config)
-        options["calibration"] = {**options["calibration"], "cache": None}  # a cache can be moved
-        recipe = {
-            "key": run.key,
-            "method": run.method.name,
-            "options": options,
-            "sites": [site.names for site in run.chosen],
-            "ranks": [[share.rank, dict(share.ranks), configs.plain(share.scheme)] for share in shares],
-            "adapter": run.name,
-        }
-        self.directory = root / f"journal-{_digest(recipe)}"
-        self.directory.mkdir(parents=True, exist_ok=True)
-
-    def write(self, name: str, modules: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> None:
-        """Write a finished site: all of it or nothing."""
-        tensors = {f"{n}|{k}": t for n, m in _own(modules).items() for k, t in m.state_dict().items()}
-        write_whole(self._path(name), tensors, {"facts": json.dumps(facts)})
-
-    def read(self, name: str, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
-        """Fill the modules of a site that was finished before; None where it was not."""
-        if not self._path(name).exists():
-            return None
-        with safe_open(self._path(name), framework="pt") as file:
-            for module_name, module in _own(modules).items():
-                state = {k: file.get_tensor(f"{module_name}|{k}") for k in module.state_dict()}
-                module.load_state_dict(state)
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-        return facts
-
-    def close(self) -> None:
-        """Forget a run that has ended: the model has its layers now."""
-        shutil.rmtree(self.directory)
-
-    def _path(self, name: str) -> Path:
-        return self.directory / f"site-{name}.done"
-
-
-def _own(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of the modules that hold values; containers have none of their own."""
-    return {name: module for name, module in modules.items() if not isinstance(module, Container)}
-
-
-def count(model: nn.Module) -> Counts:
-    """Count a model's parameters: all of them, and those in its blocks (all but embeddings and head).
-
-    Tied weights count once, and quantised ones as many as they are.
-    """
-    total = {id(p): p.numel() for p in model.parameters()}
-    total.update({id(m): m.weights for m in model.modules() if isinstance(m, Quantized)})
-    heads = layouts.head_names(model)
-    outside: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) or name in heads:
-            outside |= {id(p) for p in module.parameters()}
-    held = {id(t): t for t in engine.stock_tensors(model).values()}.values()
-    return Counts(
-        total=sum(total.values()),
-        blocks=sum(n for key, n in total.items() if key not in outside),
-        tensors=len(held),
-        bytes=sum(t.numel() * t.element_size() for t in held),
-    )
-
-
-def _key(model: nn.Module, batches: Sequence[Batch]) -> str:
-    tensors = {k: t for k, t in engine.stock_tensors(model).items() if t.is_floating_point()}
-    dtypes = sorted({str(t.dtype) for t in tensors.values()})
-    config: Any = getattr(model, "config", None)
-    options = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
-    apart = {"quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
-    return _digest(
-        {
-            "schema": _SCHEMA,
-            "model": base_model.digest(tensors),
-            "config": {name: value for name, value in options.items() if name not in apart},
-            "dtypes": dtypes,
-            "data": batching.fingerprint(batches),
-        }
-    )
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

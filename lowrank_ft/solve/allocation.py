@@ -6,11 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.quant.scheme import Scheme
+
+Handle = Mapping[str, Tensor]  # what was worked out for a site's options and is wanted again for its values
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,23 @@ class Option:
     Attributes:
         rank: of its factors, or what remains of the group's inner width; None leaves it as it is.
         size: what it costs of the budget (parameters, or bytes).
-        loss: the predicted rise of the model's loss; 0 for a dense layer.
+        loss: the predicted rise of the model's loss, in nats per token where the method predicts it, else an
+            error that compares the options of one layer; 0 for a dense layer.
         ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
             divides over the widths of a group that has several.
-        scheme: how its weights are stored, where they are quantised.
+        scheme: how its weights are stored, where they are quantised: any hashable value.
+        measured: what it really does to the model's output, in nats per token, where that was measured.
+        handle: tensors by name, shared by all options of a site, from which its values are made without
+            decomposing anything again.
     """
 
     rank: int | None
     size: int
     loss: float
     ranks: Mapping[str, int] = field(default_factory=dict)
-    scheme: Scheme | None = None
+    scheme: Any = None
+    measured: float | None = None
+    handle: Handle = field(default_factory=dict, compare=False, repr=False)
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
@@ -109,7 +118,7 @@ def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[s
     Raises:
         ConfigError: none fits.
     """
-    kinds: dict[tuple[Scheme | None, int | None], dict[str, Option]] = {}
+    kinds: dict[tuple[Any, int | None], dict[str, Option]] = {}
     for name, choices in options.items():
         for option in choices:
             kinds.setdefault((option.scheme, option.rank), {})[name] = option

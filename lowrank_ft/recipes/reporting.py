@@ -16,12 +16,15 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from lowrank_ft import engine, layouts, manifest, registry
+from lowrank_ft import engine
+from lowrank_ft.anatomy import layouts
 from lowrank_ft.checkpoint import files
+from lowrank_ft.engine.counting import count, numbers_in
 from lowrank_ft.modules.adapted import AdaptedNode
 from lowrank_ft.modules.copied import CopiedNode
 from lowrank_ft.modules.host import Host
-from lowrank_ft.pipeline import count, numbers_in
+from lowrank_ft.structure import manifest, registry
+from lowrank_ft.structure.node import Node
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,9 @@ def _of_directory(directory: Path) -> Report:
     )
 
 
-def _describe(node: manifest.Node) -> dict[str, str]:
+def _describe(node: Node) -> dict[str, str]:
     if isinstance(node, AdaptedNode):
-        parts: Mapping[str, manifest.Node] = node.deltas
+        parts: Mapping[str, Node] = node.deltas
     elif isinstance(node, CopiedNode):
         parts = node.copies
     else:
@@ -148,13 +151,13 @@ def _describe(node: manifest.Node) -> dict[str, str]:
     return {"base": f"{base.kind} ({sizes})", **described}
 
 
-def _ranks(part: manifest.Node) -> str:
+def _ranks(part: Node) -> str:
     """The rank of an adapter's part, or its ranks by axis of the weight: a dot where it has no factor."""
     ranks = getattr(part, "ranks", (part.rank,) if hasattr(part, "rank") else ())
     return f" r={'×'.join('·' if rank is None else str(rank) for rank in ranks)}" if ranks else ""
 
 
-def _sizes(node: manifest.Node) -> dict[str, Any]:
+def _sizes(node: Node) -> dict[str, Any]:
     """The numbers in a node, and how its weights are stored."""
     values = {f.name: getattr(node, f.name) for f in fields(cast(Any, node))}
     stored = {"scheme": values["scheme"].label} if "scheme" in values else {}

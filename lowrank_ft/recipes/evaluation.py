@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_ft import data
+from lowrank_ft.calibration import texts
 from lowrank_ft.errors import ConfigError, NonFiniteError
+from lowrank_ft.recipes import data, models
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def windows_of(path: str, tokenizer: Any, length: int, count: int) -> Tensor:
     """Return windows spread evenly over a text, ``(count, length)``, or fewer where there is less.
 
     Args:
-        path: as in :func:`lowrank_ft.data.read`; its column ``text``.
+        path: as in :func:`lowrank_ft.calibration.texts.read`; its column ``text``.
         tokenizer: turns text into tokens.
         length: tokens of a window.
         count: at most so many.
@@ -141,7 +142,7 @@ def windows_of(path: str, tokenizer: Any, length: int, count: int) -> Tensor:
     Raises:
         ConfigError: too little text for one window.
     """
-    ids = data.text_ids(data.read(path, None, "train")["text"], tokenizer)
+    ids = texts.text_ids(texts.read(path, None, "train")["text"], tokenizer)
     if len(ids) < length:
         raise ConfigError(f"{path} has {len(ids)} tokens, too few for a window of {length}.")
     return spread_windows(ids, length, count)
@@ -299,8 +300,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         ConfigError: neither text nor tasks.
     """
-    from lowrank_ft import models
-
     if config.text is None and not config.tasks:
         raise ConfigError("Nothing to measure: give text=… for perplexity, tasks=… for lm-eval, or both.")
     model, tokenizer = models.load_causal_lm(config.model, config.dtype, config.device, config.adapter)
@@ -317,10 +316,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _measure_text(model: nn.Module, tokenizer: Any, config: EvaluateConfig) -> Perplexity:
     assert config.text is not None
-    rows = data.read(config.text, None, config.text_split)
+    rows = texts.read(config.text, None, config.text_split)
     if config.text_column not in rows.column_names:
         raise ConfigError(f"{config.text} has no column {config.text_column!r}: {rows.column_names}.")
-    ids = data.text_ids(rows[config.text_column], tokenizer, config.max_tokens)
+    ids = texts.text_ids(rows[config.text_column], tokenizer, config.max_tokens)
     return perplexity(model, ids, window=config.window, stride=config.stride, batch_size=config.batch_size)
 
 

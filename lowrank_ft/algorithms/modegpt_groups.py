@@ -1,0 +1,634 @@
+"""The modules that MoDeGPT cuts: what each can become, what that costs, and how it is done."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft import solve
+from lowrank_ft.algorithms import lord
+from lowrank_ft.algorithms.base import Statistics
+from lowrank_ft.anatomy import layouts
+from lowrank_ft.anatomy.layouts import Layout
+from lowrank_ft.anatomy.sites import Site
+from lowrank_ft.calibration.statistics import SiteStatistics
+from lowrank_ft.modules.attention import AttentionNode
+from lowrank_ft.modules.layer import Layer, layer_of, stock_linear
+from lowrank_ft.modules.resized import Resized, ResizedNode
+from lowrank_ft.solve.allocation import (
+    Handle,
+    Option,
+    combined,
+)
+from lowrank_ft.structure import heads
+from lowrank_ft.structure.node import Node
+
+
+class Cutting(Protocol):
+    """What a group must know of the options of :class:`~lowrank_ft.algorithms.modegpt.MoDeGPT`."""
+
+    @property
+    def recipe(self) -> Literal["loss", "paper"]:
+        """What errors count by."""
+
+    @property
+    def selection(self) -> Literal["loss", "leverage", "pivoted"] | None:
+        """How an MLP's channels are chosen."""
+
+    @property
+    def align(self) -> int:
+        """Widths are multiples of this."""
+
+    @property
+    def shares(self) -> str:
+        """How modules share the budget."""
+
+
+MLP, QK, VO, ATTENTION = "mlp", "q-k", "v-o", "attention"
+
+
+def groups_of(
+    layout: Layout, name: str, modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the groups that a layer is in, each with the names of all its members that the model has.
+
+    The last one named is the one that leads out of the group.
+    """
+    mlp = layouts.mlp_of(layout, name, modules)
+    if mlp:
+        yield MLP, mlp
+    owner = layouts.attention_of(layout, name, modules)
+    if owner is None or layout.attention is None:
+        return
+    parts, block = layout.attention, owner.removesuffix(layout.attention.name)
+    q, k, v, o, qkv = (block + part for part in (parts.q, parts.k, parts.v, parts.o, parts.qkv))
+    if parts.qkv:
+        yield ATTENTION, (owner, qkv, o)
+    if name in (q, k) and not hasattr(modules[owner], "q_norm"):
+        yield QK, (owner, q, k)
+    if name in (v, o) and not parts.qkv:
+        yield VO, (owner, v, o)
+
+
+Ranks = Mapping[str, int]
+_WHOLE: Ranks = {}
+
+
+class Group(ABC):
+    """One module with an inner width: what it can be cut to, what that costs, and how it is done."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.names = list(site.layers)
+        self.layers = [layer_of(module) for module in site.layers.values()]
+        self.place: dict[str, Any] = {"device": self.layers[0].weight.device}
+
+    def known(self, statistics: Statistics, name: str) -> SiteStatistics:
+        """Return what is known of a layer, on the layer's device."""
+        found = statistics[name]
+        tensors = {what: getattr(found, what) for what in ("C", "mean", "G", "WtGW", "G_q", "G_k")}
+        return replace(found, **{k: t.to(**self.place) for k, t in tensors.items() if t is not None})
+
+    @abstractmethod
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
+        """Return what stands at each name when so much of the inner width remains.
+
+        Args:
+            rank: the width that remains.
+            ranks: how it divides, for a group with several widths.
+        """
+
+    @abstractmethod
+    def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
+        """Return every aligned width below the present one, with its predicted loss.
+
+        All have one handle, with what :meth:`fill` needs again.
+        """
+
+    @abstractmethod
+    def fill(
+        self,
+        new: Mapping[str, Any],
+        statistics: Statistics,
+        config: Cutting,
+        handle: Handle | None = None,
+    ) -> dict[str, Any]:
+        """Fill the modules that :meth:`structure` led to, and report what they leave.
+
+        Args:
+            new: the modules, by name.
+            statistics: the layers' moments.
+            config: the method's options.
+            handle: what :meth:`options` worked out on the same statistics; None to work it out again.
+        """
+
+
+def _size(nodes: Mapping[str, Node]) -> int:
+    """Parameters of resized layers."""
+    sizes = [n for n in nodes.values() if isinstance(n, ResizedNode)]
+    return sum(n.out_features * n.in_features + n.bias * n.out_features for n in sizes)
+
+
+def _resized(
+    layer: Layer, rows: int | None = None, columns: int | None = None, bias: bool | None = None
+) -> ResizedNode:
+    return ResizedNode(
+        layer.out_features if rows is None else rows,
+        layer.in_features if columns is None else columns,
+        layer.bias is not None if bias is None else bias,
+    )
+
+
+def _matrix(layer: Layer) -> Tensor:
+    return layer.matrix().detach().double()
+
+
+def _pulled(layer: Layer, known: SiteStatistics, config: Cutting) -> Tensor:
+    """``Wᵀ G W``, G with its ridge; G is the identity where outputs count alike."""
+    if config.recipe == "paper":
+        return solve.gram_under(_matrix(layer))
+    return solve.gram_under(_matrix(layer), known.G, known.WtGW, solve.GRADIENT_RIDGE)
+
+
+def _moment(known: SiteStatistics, centered: bool) -> Tensor:
+    return known.C - torch.outer(known.mean, known.mean) if centered else known.C
+
+
+class Mlp(Group):
+    """Channels between up (and gate) and down. Order of layers: gate (if any), up, down."""
+
+    @property
+    def down(self) -> Layer:
+        """The layer out of the MLP."""
+        return self.layers[-1]
+
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
+        into = {
+            name: _resized(layer, rows=rank * (layer.out_features // self.down.in_features))
+            for name, layer in zip(self.names[:-1], self.layers[:-1], strict=True)
+        }
+        return {**into, self.names[-1]: _resized(self.down, columns=rank)}
+
+    def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
+        width, handle = self.down.in_features, self._ordered(statistics, config)
+        errors, step = handle["errors"], min(config.align, width)
+        return [
+            Option(k, _size(self.structure(k)), 0.5 * float(errors[k]), handle=handle)
+            for k in range(step, width, step)
+        ]
+
+    def fill(
+        self,
+        new: Mapping[str, Any],
+        statistics: Statistics,
+        config: Cutting,
+        handle: Handle | None = None,
+    ) -> dict[str, Any]:
+        handle = handle or self._ordered(statistics, config)
+        order, error = (handle[key].to(**self.place) for key in ("order", "errors"))
+        C, down = self._channels(statistics, config), cast(Resized, new[self.names[-1]])
+        kept = order[: down.in_features].sort().values
+        weight = _matrix(self.down)
+        refitted, root = solve.nystrom_refit(weight, C, kept)
+        bias = self.down.bias
+        if bias is not None and self._centered(config):
+            mean = self.known(statistics, self.names[-1]).mean
+            bias = bias.double() + weight @ mean - refitted @ mean[kept]
+        down.fill(refitted, bias, columns=kept)
+        width = self.down.in_features
+        for name, layer in zip(self.names[:-1], self.layers[:-1], strict=True):
+            parts = layer.out_features // width  # 2 where gate and up are one matrix
+            rows = torch.cat([kept + width * part for part in range(parts)])
+            new[name].fill(layer.matrix()[rows], None if layer.bias is None else layer.bias[rows], rows=rows)
+        total = float(error[0])
+        return {
+            "relative error": math.sqrt(float(error[len(kept)]) / total) if total else 0.0,
+            "output error": lord.output_error(weight, weight.index_add(1, kept, -refitted), C),
+            "spectrum": lord.thinned(-error.diff() / total) if total else [],  # what each channel adds
+            "tokens": statistics[self.names[-1]].tokens,
+            "ridge": root.ridge,
+            "condition": root.condition,
+            "factored": root.method,
+        }
+
+    def _centered(self, config: Cutting) -> bool:
+        return config.recipe == "loss" and self.down.bias is not None
+
+    def _channels(self, statistics: Statistics, config: Cutting) -> Tensor:
+        """The channels' second moment."""
+        return _moment(self.known(statistics, self.names[-1]), self._centered(config))
+
+    def _ordered(self, statistics: Statistics, config: Cutting) -> dict[str, Tensor]:
+        """The channels' ``order``, the dearest first, and the ``errors`` of keeping 0, 1, … of them."""
+        C = self._channels(statistics, config)
+        K = _pulled(self.down, self.known(statistics, self.names[-1]), config)
+        selection = config.selection or {"loss": "loss", "paper": "leverage"}[config.recipe]
+        if selection == "leverage":
+            order = solve.leverage_scores(C).argsort(descending=True, stable=True)
+        elif selection == "pivoted":
+            order = solve.pivoted_order(C)
+        else:
+            order = solve.elimination_order(C, K, max(1, len(C) // 96))
+        return {"order": order, "errors": solve.nystrom_errors(C, K, order)}
+
+
+class Heads(Group):
+    """What Q–K and V–O share: the geometry of the heads."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.attention = site.modules[0]
+        self.width = heads.head_width(self.attention)
+        self.rotary = _attention(self.attention).rotary
+
+    def _with_attention(self, layers: dict[str, Node]) -> dict[str, Node]:
+        parts = _attention(self.attention)
+        q, k, v, o = (_inside(parts, part) for part in (parts.q, parts.k, parts.v, parts.o))
+        return {self.site.names[0]: AttentionNode(q, k, v, o), **layers}
+
+
+def _attention(module: nn.Module) -> layouts.Attention:
+    found = layouts.LAYOUTS[cast(Any, module).config.model_type].attention
+    assert found is not None
+    return found
+
+
+def _inside(attention: layouts.Attention, part: str) -> str:
+    """The name of a projection in the module that attends; empty where it stands outside."""
+    name = part.removeprefix(f"{attention.name}.")
+    return "" if name == part else name
+
+
+class QueryKey(Heads):
+    """Dimensions of queries and keys, the same in a key head and in the query heads that read it.
+
+    They go by units: pairs of rows ``(j, j + h/2)`` where positions turn them together, else single rows.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.q, self.k = self.layers
+        self.key_heads = self.k.out_features // self.width
+        self.group = self.q.out_features // self.k.out_features
+        self.unit = 2 if self.rotary else 1
+        self.units = self.width // self.unit
+
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
+        rows = self.key_heads * rank
+        q, k = _resized(self.q, rows=rows * self.group), _resized(self.k, rows=rows)
+        return self._with_attention({self.names[0]: q, self.names[1]: k})
+
+    def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
+        if config.recipe == "loss" and any(statistics[name].G is None for name in self.names):
+            return []  # more outputs than inputs: the gradient's moments by row were not kept
+        order, H = self._order(statistics, config)
+        step = max(self.unit, min(config.align, self.width) // self.unit * self.unit)
+        heads = torch.arange(self.key_heads, **self.place)[:, None]
+        found = []
+        for rank in range(step, self.width, step):
+            out = (heads * self.units + order[:, rank // self.unit :]).flatten()
+            loss = 0.5 * float(H[out][:, out].sum())
+            found.append(Option(rank, _size(self.structure(rank)), max(loss, 0.0), handle={"order": order}))
+        return found
+
+    def fill(
+        self,
+        new: Mapping[str, Any],
+        statistics: Statistics,
+        config: Cutting,
+        handle: Handle | None = None,
+    ) -> dict[str, Any]:
+        order = handle["order"].to(**self.place) if handle else self._order(statistics, config)[0]
+        rank = new[self.names[1]].out_features // self.key_heads
+        units = order[:, : rank // self.unit].sort(1).values
+        dims = torch.cat([units + part * self.units for part in range(self.unit)], 1)  # (key heads, rank)
+        for name, layer, copies in ((self.names[0], self.q, self.group), (self.names[1], self.k, 1)):
+            of_head = dims.repeat_interleave(copies, 0)
+            rows = (torch.arange(len(of_head), **self.place)[:, None] * self.width + of_head).flatten()
+            bias = None if layer.bias is None else layer.bias[rows]
+            new[name].fill(layer.matrix()[rows], bias, rows=rows)
+        return {"tokens": statistics[self.names[0]].tokens}
+
+    def _order(self, statistics: Statistics, config: Cutting) -> tuple[Tensor, Tensor]:
+        """The units of each key head, the dearest first, ``(key heads, units)``; and what they cost.
+
+        The cost of leaving units R out is ``½ Σ H[R,R]``. A dimension that q lacks is as good as one that k
+        lacks, so both sides' gradients predict it: H is the mean of ``G_q ∘ C_q`` and ``G_k ∘ C_k``, summed
+        over the rows of each unit.
+        """
+        q, k = (self._moment(n, layer, statistics) for n, layer in zip(self.names, self.layers, strict=True))
+        if config.recipe == "paper":
+            scores = [self._by_unit(torch.diag(C.diagonal())).diagonal() for C in (q, k)]
+            score = scores[0] * scores[1]  # (C_Q,jj + C_Q,j'j') (C_K,jj + C_K,j'j'), summed over the group
+            order = score.view(self.key_heads, self.units).argsort(dim=1, descending=True, stable=True)
+            return order, torch.diag(score)
+        G_q, G_k = (self._gradient(self.known(statistics, name)) for name in self.names)
+        H = 0.5 * (self._by_unit(G_q * q) + self._by_unit(G_k * k))
+        orders = []
+        for head in range(self.key_heads):
+            mine = slice(head * self.units, (head + 1) * self.units)
+            orders.append(_cheapest_first(H[mine, mine]).flip(0))
+        return torch.stack(orders), H
+
+    def _moment(self, name: str, layer: Layer, statistics: Statistics) -> Tensor:
+        """The second moment of a projection's output, before any rotation."""
+        known, W = self.known(statistics, name), _matrix(layer)
+        C = W @ known.C @ W.T
+        if layer.bias is not None:
+            bias, shift = layer.bias.detach().double(), W @ known.mean
+            C = C + torch.outer(shift, bias) + torch.outer(bias, shift + bias)
+        return C
+
+    @staticmethod
+    def _gradient(known: SiteStatistics) -> Tensor:
+        assert known.G is not None
+        return solve.with_ridge(known.G, solve.GRADIENT_RIDGE * float(known.G.diagonal().mean()))
+
+    def _by_unit(self, matrix: Tensor) -> Tensor:
+        """Add up the rows and columns of each unit, over the heads of a group."""
+        rows = torch.arange(len(matrix), **self.place)
+        heads = rows // (len(matrix) // self.key_heads)
+        S = matrix.new_zeros(len(matrix), self.key_heads * self.units)
+        S[rows, heads * self.units + rows % self.units] = 1.0
+        return S.T @ matrix @ S
+
+
+def _cheapest_first(H: Tensor) -> Tensor:
+    """Return indices in the order in which leaving them out, one more each time, costs ``Σ H[R,R]`` least."""
+    cost, order = H.diagonal().clone(), []
+    for _ in range(len(H)):
+        pick = int(cost.argmin())
+        order.append(pick)
+        cost = cost + 2 * H[:, pick]
+        cost[order] = math.inf
+    return torch.tensor(order, device=H.device)
+
+
+class ValueOutput(Heads):
+    """Dimensions of values. Each key head's values get a basis of their own, of which the first ones stay."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.v, self.o = self.layers
+        self.key_heads = self.v.out_features // self.width
+        self.heads = self.o.in_features // self.width
+        self.group = self.heads // self.key_heads
+
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
+        bias = self.v.bias is not None or self.o.bias is not None  # softmax rows add up to one
+        v = _resized(self.v, rows=self.key_heads * rank, bias=False)
+        o = _resized(self.o, columns=self.heads * rank, bias=bias)
+        return self._with_attention({self.names[0]: v, self.names[1]: o})
+
+    def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
+        handle = self._worked_out(statistics, config)
+        errors, step = handle["errors"], min(config.align, self.width)
+        return [
+            Option(rank, _size(self.structure(rank)), 0.5 * float(errors[rank]), handle=handle)
+            for rank in range(step, self.width, step)
+        ]
+
+    def fill(
+        self,
+        new: Mapping[str, Any],
+        statistics: Statistics,
+        config: Cutting,
+        handle: Handle | None = None,
+    ) -> dict[str, Any]:
+        rank = new[self.names[0]].out_features // self.key_heads
+        handle = handle or self._worked_out(statistics, config)
+        errors = handle["errors"]
+        T, back = self._on_diagonal(handle)
+        known = self.known(statistics, self.names[1])
+        W, C = _matrix(self.o) @ back, T @ self._output_moment(known) @ T.T
+        first = torch.arange(self.width, **self.place) < rank
+        rows, columns = (first.repeat(heads).nonzero().flatten() for heads in (self.key_heads, self.heads))
+        # Each key head's T stands once for every query head of its group.
+        own = _diagonal_blocks(T, self.heads)[:: self.group, :rank]
+        new[self.names[0]].fill(_block_diagonal(own) @ _matrix(self.v), rows=rows)
+        out = solve.nystrom_refit(W, C, columns)[0] if config.recipe == "loss" else W[:, columns]
+        bias = self._output_bias(_matrix(self.o), out @ T[columns], known, config)
+        new[self.names[1]].fill(out, bias, columns=columns)
+        total = float(errors[0])
+        return {
+            "relative error": math.sqrt(float(errors[rank]) / total) if total else 0.0,
+            "tokens": known.tokens,
+        }
+
+    def _output_bias(
+        self, weight: Tensor, kept: Tensor, known: SiteStatistics, config: Cutting
+    ) -> Tensor | None:
+        """O's bias: its own, V's carried through (softmax rows add up to one), and the mean error.
+
+        With ``z`` the attention's output and ``b`` V's bias in it, ``y = W z`` becomes ``W' P (z − b)``; the
+        paper's ``b_O + W b`` is exact where nothing is left out.
+        """
+        if self.v.bias is None and self.o.bias is None:
+            return None
+        bias = weight.new_zeros(self.o.out_features)
+        if self.o.bias is not None:
+            bias += self.o.bias
+        carried = weight.new_zeros(self.o.in_features)
+        if self.v.bias is not None:
+            per_head = self.v.bias.double().view(self.key_heads, self.width)
+            carried = per_head.repeat_interleave(self.group, 0).flatten()
+        if config.recipe == "paper":
+            return bias + weight @ carried
+        return bias + weight @ known.mean - kept @ (known.mean - carried)
+
+    def _output_moment(self, known: SiteStatistics) -> Tensor:
+        return _moment(known, self.v.bias is not None or self.o.bias is not None)
+
+    def _bases(self, statistics: Statistics, config: Cutting) -> tuple[Tensor, Tensor]:
+        """For each key head T and T⁻¹, ``(key heads, h, h)``: T's first rows are the dimensions to keep.
+
+        With N the second moment of the head's values, ``N = L Lᵀ``, and K what the output projections of its
+        query heads do with them, T is ``Aᵀ L⁻¹`` for A the eigenvectors of ``Lᵀ K L``: the joint optimum over
+        the group for one N. The paper takes N from the projection (no bias), we from what attention gives.
+        """
+        known = self.known(statistics, self.names[1])
+        across = _diagonal_blocks(_pulled(self.o, known, config), self.heads)
+        K = across.view(self.key_heads, self.group, self.width, self.width).sum(1)
+        if config.recipe == "loss":
+            own = _diagonal_blocks(self._output_moment(known), self.heads)
+            N = own.view(self.key_heads, self.group, self.width, self.width).mean(1)
+        else:
+            V = _matrix(self.v).view(self.key_heads, self.width, -1)
+            N = V @ self.known(statistics, self.names[0]).C @ V.mT
+        forward, backward = [], []
+        for n, k in zip(N, K, strict=True):
+            if not n.trace() > 0:  # a head that was pruned: any basis will do
+                n = torch.eye(self.width, dtype=n.dtype, device=n.device)
+            root = solve.factor_spd(n)
+            _, A = solve.eigenpairs(root.lower.T @ k @ root.lower, self.width)
+            forward.append(root.solve_transposed(A).T)
+            backward.append(root.lower @ A)
+        return torch.stack(forward), torch.stack(backward)
+
+    def _worked_out(self, statistics: Statistics, config: Cutting) -> dict[str, Tensor]:
+        """Each key head's bases, ``forward`` and ``backward``, and the weighted ``errors`` of every width.
+
+        Errors are ``(h + 1,)``: those of keeping 0, 1, … dimensions of each head.
+        """
+        forward, backward = self._bases(statistics, config)
+        bases = {"forward": forward, "backward": backward}
+        T, back = self._on_diagonal(bases)
+        known = self.known(statistics, self.names[1])
+        C, K = T @ self._output_moment(known) @ T.T, back.T @ _pulled(self.o, known, config) @ back
+        by_rank = torch.arange(len(C), **self.place).view(self.heads, self.width).T.flatten()
+        return {**bases, "errors": solve.nystrom_errors(C, K, by_rank)[:: self.heads]}
+
+    def _on_diagonal(self, bases: Handle) -> tuple[Tensor, Tensor]:
+        """All query heads' bases and their inverses, each on one diagonal."""
+        forward, backward = (bases[way].to(**self.place) for way in ("forward", "backward"))
+        return tuple(_block_diagonal(b.repeat_interleave(self.group, 0)) for b in (forward, backward))  # type: ignore[return-value]
+
+
+class FusedAttention(Group):
+    """Q–K and V–O together, where one matrix gives queries, keys and values; each has its own width.
+
+    Both are done on the rows of that matrix as if they were layers, and put together again.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.attention = site.modules[0]
+        self.qkv, self.o = self.layers
+        self.split = heads.split_of(self.attention, self.qkv.out_features)
+        q, k, v = (_part(self.qkv, rows) for rows in self._rows())
+        self.parts = {"q": q, "k": k, "v": v}
+        self.qk = QueryKey(Site(("", "q", "k"), (self.attention, q, k), QK))
+        self.vo = ValueOutput(Site(("", "v", "o"), (self.attention, v, self.o.module), VO))
+        self.width = self.qk.width
+
+    def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
+        """Return the nodes for ``ranks[QK]`` and ``ranks[VO]``, of which ``rank`` is the sum."""
+        nodes = self._nodes(ranks)
+        sizes = tuple(cast(ResizedNode, nodes[part]).out_features for part in self.parts)
+        parts = _attention(self.attention)
+        node = AttentionNode("", "", "", _inside(parts, parts.o), _inside(parts, parts.qkv), sizes)
+        found: dict[str, Node] = {
+            self.site.names[0]: node,
+            self.names[0]: _resized(self.qkv, rows=sum(sizes)),
+        }
+        if ranks[VO] < self.width:
+            found[self.names[1]] = nodes["o"]
+        return found
+
+    def _nodes(self, ranks: Ranks) -> dict[str, Node]:
+        """The parts as layers of their own."""
+        nodes: dict[str, Node] = {name: _resized(layer_of(part)) for name, part in self.parts.items()}
+        if ranks[QK] < self.width:
+            nodes |= self.qk.structure(ranks[QK])
+        if ranks[VO] < self.width:
+            nodes |= self.vo.structure(ranks[VO])
+        return nodes
+
+    def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
+        known = self._known(statistics)
+        qk, vo = self.qk.options(known, config), self.vo.options(known, config)
+        if config.shares == "loss":
+            whole = [Option(None, sum(map(lord.size_of, g.layers)), 0.0) for g in (self.qk, self.vo)]
+            pairs = combined({QK: [whole[0], *qk], VO: [whole[1], *vo]})
+            ranks = [{QK: self.width, VO: self.width, **pair.ranks} for pair in pairs]
+            losses = [pair.loss for pair in pairs]
+        else:  # what either leaves out is measured on a scale of its own: the same width for both
+            widths = [a.rank for a in qk if a.rank in {b.rank for b in vo}]
+            ranks = [{QK: cast(int, rank), VO: cast(int, rank)} for rank in widths]
+            losses = [0.0] * len(ranks)
+        handle = {
+            f"{role}.{key}": tensor
+            for role, options in ((QK, qk), (VO, vo))
+            for key, tensor in (options[0].handle if options else {}).items()
+        }
+        return [
+            Option(sum(pair.values()), self._size(pair), loss, pair, handle=handle)
+            for pair, loss in zip(ranks, losses, strict=True)
+            if sum(pair.values()) < 2 * self.width
+        ]
+
+    def _size(self, ranks: Ranks) -> int:
+        nodes = self.structure(0, ranks)
+        kept = 0 if self.names[1] in nodes else lord.size_of(self.o)
+        return _size(nodes) + kept
+
+    def fill(
+        self,
+        new: Mapping[str, Any],
+        statistics: Statistics,
+        config: Cutting,
+        handle: Handle | None = None,
+    ) -> dict[str, Any]:
+        known, ranks = self._known(statistics), self._ranks(new)
+        nodes = self._nodes(ranks)
+        built: dict[str, Any] = {name: nodes[name].build(part) for name, part in self.parts.items()}
+        for name, part in self.parts.items():  # what is whole stays as it is; the rest is filled below
+            if built[name].rows is None:
+                built[name].fill(layer_of(part).matrix(), layer_of(part).bias)
+        facts: dict[str, Any] = {"tokens": known["q"].tokens}
+        if ranks[QK] < self.width:
+            self.qk.fill(built, known, config, _within(handle, QK))
+        if ranks[VO] < self.width:
+            facts |= self.vo.fill({**built, "o": new[self.names[1]]}, known, config, _within(handle, VO))
+        biases, rows = [], []
+        for layer, outputs in zip(built.values(), self._rows(), strict=True):
+            biases.append(layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias)
+            rows.append(outputs if layer.rows is None else outputs[layer.rows])
+        weight = torch.cat([layer.weight for layer in built.values()])
+        new[self.names[0]].fill(weight, torch.cat(biases), torch.cat(rows))
+        return {**facts, "ranks": ranks}
+
+    def _rows(self) -> tuple[Tensor, ...]:
+        """Which outputs of the one matrix are queries, keys and values."""
+        return torch.split(torch.arange(sum(self.split), **self.place), list(self.split))
+
+    def _ranks(self, new: Mapping[str, Any]) -> dict[str, int]:
+        """The widths that the new modules have."""
+        heads = self.o.in_features // self.width
+        vo = new[self.names[1]].in_features // heads if self.names[1] in new else self.width
+        key_heads = self.qk.key_heads
+        left = new[self.names[0]].out_features - key_heads * vo
+        return {QK: left // (heads + key_heads), VO: vo}
+
+    def _known(self, statistics: Statistics) -> dict[str, SiteStatistics]:
+        """What is known of the parts, as of layers."""
+        both = statistics[self.names[0]]
+        q, k = (replace(both, G=G, WtGW=None, G_q=None, G_k=None) for G in (both.G_q, both.G_k))
+        return {"q": q, "k": k, "v": both, "o": statistics[self.names[1]]}
+
+
+def _within(handle: Handle | None, role: str) -> Handle | None:
+    """The part of a handle that belongs to one role."""
+    if not handle:
+        return None
+    return {key.removeprefix(f"{role}."): t for key, t in handle.items() if key.startswith(f"{role}.")}
+
+
+def _part(layer: Layer, rows: Tensor) -> nn.Module:
+    """Some outputs of a layer as a layer of their own, on the same memory."""
+    first, count = int(rows[0]), len(rows)
+    bias = None if layer.bias is None else layer.bias.detach().narrow(0, first, count)
+    return stock_linear("linear", layer.matrix().detach().narrow(0, first, count), bias)
+
+
+def _diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """Return the blocks on the diagonal, ``(count, n / count, n / count)``."""
+    blocks = matrix.view(count, len(matrix) // count, count, len(matrix) // count)
+    return torch.stack([blocks[i, :, i] for i in range(count)])
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """Return ``(n·a, n·b)`` from blocks ``(n, a, b)``."""
+    n, a, b = blocks.shape
+    return torch.einsum(
+        "nab,nm->namb", blocks, torch.eye(n, dtype=blocks.dtype, device=blocks.device)
+    ).reshape(n * a, n * b)
+
+
+GROUPS: dict[str, type[Group]] = {MLP: Mlp, QK: QueryKey, VO: ValueOutput, ATTENTION: FusedAttention}

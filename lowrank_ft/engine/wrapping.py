@@ -1,0 +1,223 @@
+"""Put methods on a model: ``wrap`` and ``requantize``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from lowrank_ft import config as configs
+from lowrank_ft.algorithms.base import AdapterConfig, Counts, Family, Method, MethodConfig
+from lowrank_ft.anatomy.sites import Site, Targets
+from lowrank_ft.calibration.batches import Calibration, Source
+from lowrank_ft.engine import pipeline
+from lowrank_ft.engine.adapters import ModelT, merge
+from lowrank_ft.engine.adoption import adopted
+from lowrank_ft.engine.offers import offers
+from lowrank_ft.engine.state import (
+    FACTS,
+    State,
+    adapter_names,
+    check_can_change,
+    check_can_wrap,
+    stages_of,
+    trainable_names,
+)
+from lowrank_ft.engine.surgery import build, commit, trained_copies, write_config
+from lowrank_ft.errors import ConfigError, StateError
+from lowrank_ft.structure import registry
+from lowrank_ft.structure.node import Node
+
+
+def wrap(
+    model: ModelT,
+    method: str | MethodConfig | Sequence[MethodConfig],
+    *,
+    name: str = "default",
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    layers: int | Sequence[int] | None = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    loss: Any = None,
+    **options: Any,
+) -> ModelT:
+    """Put a method (or several, in order) on a model, in place, and return the model.
+
+    With an adapter, the model's own parameters are frozen, the adapter becomes the only active one, and the
+    model computes what it computed before.
+
+    Args:
+        model: any ``nn.Module``.
+        method: a method's name, with its options as keywords; a config object; or a list of config objects.
+        name: the adapter's name. Several adapters can live on one model under different names.
+        targets: which layers (see :func:`lowrank_ft.anatomy.sites.select`).
+        exclude: which of them not.
+        layers: block indices to keep.
+        data: calibration data, for methods that look at any.
+        tokenizer: turns texts in ``data`` into tokens.
+        loss: what to differentiate, for methods that need gradients.
+        **options: the fields of the method's config.
+
+    Raises:
+        RegistryError: no such method.
+        ConfigError: an option that is unknown, ill-typed or out of range; data for a method that takes none.
+        TargetError: targets that match nothing, or layers that cannot be adapted.
+        StateError: the name is taken; the model is compiled, quantised, merged or on ``meta``.
+    """
+    stages = _stages(method, options)
+    source = Source(data, tokenizer, loss)
+    if source and not any(stage.needs() for stage in stages):
+        names = " and ".join(repr(stage.name) for stage in stages)
+        raise ConfigError(
+            f"The method {names} takes no calibration data: leave out data, tokenizer and loss."
+        )
+    where = Targets(targets, exclude, layers if layers is None or isinstance(layers, int) else tuple(layers))
+    with adopted(model):
+        if any(stage.trains for stage in stages):
+            check_can_wrap(model, name)
+        check_can_change(model)
+        for stage in stages:
+            given = source if len(stages) == 1 or stage.needs() else Source()  # in a stack, others may look
+            _put(model, stage, where, name, given)
+    return model
+
+
+def requantize(model: ModelT, *, data: Any = None, tokenizer: Any = None, loss: Any = None) -> ModelT:
+    """Merge the active adapters into the weights, and quantise those again as they were before.
+
+    After training, an adapter of a quantised base becomes part of it; LQ-LoRA splits the sum anew. The last
+    quantising stage runs again with its own options, and its report says what it left.
+
+    Args:
+        model: a model with a quantised base and adapters on it.
+        data: calibration data, where that stage looks at any; see :func:`wrap`.
+        tokenizer: turns texts in ``data`` into tokens.
+        loss: what to differentiate.
+
+    Raises:
+        StateError: no stage has quantised the model, or there is no adapter to merge.
+        ConfigError: data that is missing, or not looked at.
+    """
+    stages = stages_of(model)
+    known = [s for s in stages if registry.methods[s["method"]].family is Family.QUANTIZER]
+    if not known:
+        raise StateError("No stage has quantised this model: wrap() it with a quantising method.")
+    last, names = known[-1], adapter_names(model)
+    cls = registry.methods[last["method"]]
+    method = _with_options(cls, last["options"])
+    if bool(method.needs()) is (data is None):
+        state = "looks at calibration data: pass data=" if method.needs() else "takes no calibration data"
+        raise ConfigError(f"The method {cls.name!r} that quantised this model {state}.")
+    merge(model, reversible=False)
+    model.__dict__["_lowrank_ft_stages"] = [stage for stage in stages if stage is not last]
+    where: dict[str, Any] = {key: last[key] for key in ("targets", "exclude", "layers")}
+    name = names[0] if method.trains else "default"
+    return wrap(model, method.config, name=name, data=data, tokenizer=tokenizer, loss=loss, **where)
+
+
+def calibration_of(config: MethodConfig) -> Calibration | None:
+    """Return how much data a method looks at with these options; None where it looks at none."""
+    found: Calibration | None = getattr(config, "calibration", None)
+    return found if _method_for(config).needs() else None
+
+
+def trains(config: MethodConfig) -> bool:
+    """Whether a method leaves an adapter."""
+    return _method_for(config).trains
+
+
+def _stages(
+    method: str | MethodConfig | Sequence[MethodConfig], options: Mapping[str, Any]
+) -> list[Method[Any]]:
+    """Turn what ``wrap`` was given into methods with checked configs, in an order that can be applied."""
+    if isinstance(method, str):
+        return [_with_options(registry.methods[method], options)]
+    if options:
+        names = ", ".join(options)
+        raise ConfigError(
+            f"Pass {names} in the config object, or the method by name with options as keywords."
+        )
+    given = [method] if isinstance(method, MethodConfig) else list(method)
+    if not given:
+        raise ConfigError("The list of methods is empty.")
+    stages = [_method_for(config) for config in given]
+    order = [stage.family.value for stage in stages]
+    if order != sorted(order) or sum(stage.trains for stage in stages) > 1:
+        listing = ", ".join(f"{stage.name} ({stage.family.name.lower()})" for stage in stages)
+        raise ConfigError(
+            f"These methods cannot be applied in one go: {listing}. The order is compress, quantise, adapt; "
+            f"a second adapter takes a second wrap() with its own name=."
+        )
+    return stages
+
+
+def _method_for(config: MethodConfig) -> Method[Any]:
+    for cls in registry.methods.values():
+        if type(config) is cls.Config:
+            method: Method[Any] = cls(
+                configs.parse(cls.Config, configs.to_dict(config), what=f"The method {cls.name!r}")
+            )
+            return method
+    raise ConfigError(f"{config!r} is not the config of a registered method ({', '.join(registry.methods)}).")
+
+
+def _with_options(cls: Any, options: Mapping[str, Any]) -> Method[Any]:
+    """Return a method of a registered class, its options checked."""
+    method: Method[Any] = cls(configs.parse(cls.Config, options, what=f"The method {cls.name!r}"))
+    return method
+
+
+def _put(model: nn.Module, stage: Method[Any], where: Targets, name: str, source: Source) -> None:
+    """Apply one stage to the layers that are targeted."""
+    chosen = stage.sites(model, where.select(model))
+    recipe = {"method": stage.name, "options": configs.to_dict(stage.config), **configs.to_dict(where)}
+    change = _adapt if stage.family is Family.ADAPTER else _compress
+    change(model, stage, chosen, name, recipe, source)
+
+
+def _adapt(
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[Site],
+    name: str,
+    recipe: dict[str, Any],
+    source: Source,
+) -> None:
+    """Put an adapter on: statistics, options, structure, build, values, and only then change the model."""
+    nodes = _copies(model, method, chosen)
+    with pipeline.statistics(model, method, chosen, source) as known:
+        shares = method.choose(chosen, offers(method, chosen, known), Counts(0, 0))
+        for site, share in zip(chosen, shares, strict=True):
+            nodes.update(method.structure(site, share))
+        parts = build(model, nodes)
+        for site in tqdm(chosen, desc="Starting", unit="layer", leave=False, disable=not known):
+            method.values(site, {path: parts[path] for path in site.names}, known)
+    commit(model, name, nodes, parts, recipe)
+
+
+def _compress(
+    model: nn.Module,
+    method: Method[Any],
+    chosen: list[Site],
+    name: str,
+    recipe: dict[str, Any],
+    source: Source,
+) -> None:
+    trainable, copies = trainable_names(model), _copies(model, method, chosen)
+    facts = pipeline.compress(model, method, chosen, source, name)
+    model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, FACTS: facts}]
+    if method.trains:  # its adapter is there already, but for the modules to train in full
+        model.__dict__["_lowrank_ft"] = State(trainable)
+        commit(model, name, copies, build(model, copies), recipe)
+    write_config(model)
+
+
+def _copies(model: nn.Module, method: Method[Any], chosen: list[Site]) -> dict[str, Node]:
+    """Return the nodes of the modules that an adapter trains in full beside its targets."""
+    if not isinstance(method.config, AdapterConfig):
+        return {}
+    targets = {name for site in chosen for name in site.names}
+    return trained_copies(model, method.config.modules_to_save, targets)

@@ -1,0 +1,1 @@
+"""The recipes behind the command line: fine-tune, compress, evaluate."""

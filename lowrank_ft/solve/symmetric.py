@@ -1,0 +1,213 @@
+"""Symmetric matrices: triangular roots, and the largest eigenvalues with their vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lowrank_ft.errors import ConfigError, NonFiniteError
+
+GRADIENT_RIDGE = 1e-4  # of G, which a few thousand tokens leave rank-deficient or nearly so
+RIDGES = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6)
+
+
+@dataclass(frozen=True)
+class Triangular:
+    """A triangular matrix that is only ever solved with.
+
+    Attributes:
+        matrix: ``(n, n)``.
+        upper: whether it is upper triangular.
+    """
+
+    matrix: Tensor
+    upper: bool
+
+    def solve(self, block: Tensor) -> Tensor:
+        """Return ``T⁻¹ M``."""
+        return cast(Tensor, torch.linalg.solve_triangular(self.matrix, block, upper=self.upper))
+
+    @property
+    def transposed(self) -> Triangular:
+        """The transpose, on the same memory."""
+        return Triangular(self.matrix.T, not self.upper)
+
+    @property
+    def spread(self) -> float:
+        """The smallest pivot's share of the largest."""
+        pivots = self.matrix.diagonal().abs()
+        return float(pivots.min() / pivots.max())
+
+
+@dataclass(frozen=True)
+class Root:
+    """A triangular square root of a positive semidefinite matrix: ``C + ridge · mean(diag C) · I = L Lᵀ``.
+
+    Attributes:
+        lower: ``L``, ``(n, n)``, lower triangular.
+        ridge: what was added, relative to the mean of the diagonal; the floor of the eigenvalues where
+            ``method`` is ``"eigh"``.
+        method: ``"cholesky"`` or ``"eigh"``.
+        condition: squared ratio of the largest to the smallest pivot: a lower bound of the condition number.
+    """
+
+    lower: Tensor
+    ridge: float
+    method: str
+    condition: float
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """Return ``L⁻¹ M``."""
+        return Triangular(self.lower, upper=False).solve(matrix)
+
+    def solve_transposed(self, matrix: Tensor) -> Tensor:
+        """Return ``L⁻ᵀ M``."""
+        return Triangular(self.lower.T, upper=True).solve(matrix)
+
+
+def factor_spd(matrix: Tensor, ridge: float = 0.0) -> Root:
+    """Return a triangular root of a symmetric positive semidefinite matrix, and say what it took.
+
+    Cholesky, with a ridge that starts at ``ridge`` and grows tenfold until it succeeds; where 1e-6 is not
+    enough, from the eigenvectors with floored eigenvalues. Never an inverse, never a pseudo-inverse.
+
+    Args:
+        matrix: ``(n, n)``, float64.
+        ridge: the smallest ridge to use, relative to the mean of the diagonal.
+
+    Raises:
+        NonFiniteError: NaN or infinite entries.
+        ConfigError: the diagonal's mean is not positive: no data reached the layer.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NonFiniteError("A second moment has NaN or infinite entries.")
+    mean = float(matrix.diagonal().mean())
+    if mean <= 0:
+        raise ConfigError("A second moment is zero: no data reached the layer.")
+    for step in (ridge, *(r for r in RIDGES if r > ridge)):
+        lower, failed = torch.linalg.cholesky_ex(with_ridge(matrix, step * mean))
+        if not failed:
+            return Root(lower, step, "cholesky", _condition(lower))
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = max(ridge, RIDGES[-1]) * mean
+    _, upper = torch.linalg.qr((vectors * values.clamp_min(floor).sqrt()).T)
+    lower = upper.T * torch.sign(upper.diagonal())
+    return Root(lower, floor / mean, "eigh", _condition(lower))
+
+
+def with_ridge(matrix: Tensor, amount: float) -> Tensor:
+    """Return ``M + amount · I``, in new memory."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(amount)
+    return shifted
+
+
+def _condition(lower: Tensor) -> float:
+    pivots = lower.diagonal().abs()
+    return float((pivots.max() / pivots.min()) ** 2)
+
+
+def eigenpairs(matrix: Tensor, count: int, *, randomized: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of a symmetric matrix, descending, and their eigenvectors.
+
+    Args:
+        matrix: ``(n, n)``, positive semidefinite, float64.
+        count: how many, from 1 to n.
+        randomized: try block Krylov first where ``count`` is small beside n (:func:`krylov`).
+
+    Returns:
+        values ``(count,)`` and vectors ``(n, count)``.
+    """
+    if randomized:
+        found = krylov(lambda rows: rows @ matrix, len(matrix), count, matrix.device)
+        if found is not None:
+            return found
+    values, vectors = torch.linalg.eigh(matrix)
+    return values[-count:].flip(0), vectors[:, -count:].flip(1)
+
+
+def krylov(
+    apply: Callable[[Tensor], Tensor], n: int, count: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Return leading eigenpairs of a symmetric positive semidefinite operator, by a block Krylov space.
+
+    Musco and Musco 2015, arXiv 1504.05477, algorithm 2, with every new block made orthogonal to those before
+    it, which keeps the images, so that residuals are known at every step. Blocks have as many vectors as
+    pairs are asked for, so that none is missed where an eigenvalue has as many equals; they are stored as
+    rows, since a product from the left with a wide matrix is then at full speed whatever their number.
+
+    Args:
+        apply: multiplies rows ``(b, n)`` from the right by the operator, in float64.
+        n: size of the operator.
+        count: how many pairs.
+        device: where blocks live.
+
+    Returns:
+        values ``(count,)``, descending, and vectors ``(n, count)``, every pair with ``‖M v − λ v‖ ≤ 1e-6 λ``
+        outside of the space of these vectors; inside it, rounding errors of the largest λ are all that is
+        left, and those turn vectors by no more than rounding. None where half of the whole space, or eighteen
+        blocks, are not enough, or where the whole problem is too small for it to pay.
+    """
+    if not krylov_pays(n, count):
+        return None
+    width = _width(count)
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(width, n, generator=generator, dtype=torch.float64).to(device)
+    blocks = min(18, n // (2 * width))
+    basis, images = (block.new_empty(blocks * width, n) for _ in range(2))
+    projected = block.new_empty(blocks * width, blocks * width)
+    for step in range(blocks):
+        old, known = step * width, (step + 1) * width
+        for _ in range(2):  # once leaves what rounding made of the part that was taken out
+            block = torch.linalg.qr((block - block @ basis[:old].T @ basis[:old]).T)[0].T
+        image = apply(block)
+        basis[old:known], images[old:known] = block, image
+        projected[old:known, :known] = image @ basis[:known].T
+        projected[:old, old:known] = projected[old:known, :old].T
+        block = image
+        if step < 5 or step % 2 == 0:  # hardly ever enough, and a check costs about what a step does
+            continue
+        small, rotation = torch.linalg.eigh(projected[:known, :known])
+        values, rotation = small[-count:].flip(0), rotation[:, -count:].flip(1).T
+        vectors = rotation @ basis[:known]
+        residual = rotation @ images[:known] - vectors * values[:, None]
+        residual -= residual @ vectors.T @ vectors
+        done = residual.norm(dim=1) <= 1e-6 * values
+        if done.all():
+            return values, vectors.T
+        outliers = int((values > _OUTLYING * values[-1]).sum())
+        if outliers and done[:outliers].all():
+            first, rest = vectors[:outliers], _without(vectors[:outliers], apply)
+            found = krylov(rest, n, count - outliers, device)
+            if found is None:
+                return None
+            both, _ = torch.linalg.qr(torch.cat([first.T, found[1]], 1))  # orthogonal but for rounding
+            return torch.cat([values[:outliers], found[0]]), both
+    return None
+
+
+def _width(count: int) -> int:
+    """Vectors of a block; fewer than eight would take more steps for no less work."""
+    return max(count, 8)
+
+
+def krylov_pays(n: int, count: int) -> bool:
+    """Whether a problem is large enough for a Krylov space to be less work than all of it."""
+    return 16 * _width(count) <= n
+
+
+# Beside an eigenvalue as much larger, the rounding errors of its images hide the residuals of the others.
+_OUTLYING = 1e5
+
+
+def _without(vectors: Tensor, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The operator without eigenvectors of it, given as rows."""
+
+    def projected(rows: Tensor) -> Tensor:
+        return rows - rows @ vectors.T @ vectors
+
+    return lambda rows: projected(apply(projected(rows)))

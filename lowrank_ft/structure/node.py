@@ -1,0 +1,44 @@
+"""Nodes: the structure of one module, as a frozen dataclass of plain data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lowrank_ft.structure.registry import register_node
+
+
+class Node(ABC):
+    """The structure of one module: a frozen dataclass of plain data, registered under its ``kind``.
+
+    Fields may hold scalars, tuples, other nodes, and mappings of names to nodes; nothing else reaches JSON.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def build(self, module: nn.Module, name: str = "") -> nn.Module:
+        """Return the module this node describes, to stand where ``module`` stands now.
+
+        Shapes, device and dtype follow ``module``, which may be on ``meta``; values are left undefined.
+        Must not change ``module``.
+
+        Args:
+            module: what stands there.
+            name: its name in the stock model.
+        """
+
+
+@register_node
+@dataclass(frozen=True)
+class DenseNode(Node):
+    """A stock module, as the base model has it."""
+
+    kind: ClassVar[str] = "dense"
+
+    def build(self, module: nn.Module, name: str = "") -> nn.Module:
+        """Return ``module`` itself."""
+        return module
