@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         wrap,
     )
     from lowrank_ft.recipes.reporting import methods, report
-    from lowrank_ft.recipes.training import AdapterCheckpoint, StopOnNonFinite
+    from lowrank_ft.recipes.callbacks import AdapterCheckpoint, StopOnNonFinite
 
 _WHERE = {
     "wrap": "engine",
@@ -50,8 +50,8 @@ _WHERE = {
     "export": "checkpoint",
     "report": "recipes.reporting",
     "methods": "recipes.reporting",
-    "AdapterCheckpoint": "recipes.training",
-    "StopOnNonFinite": "recipes.training",
+    "AdapterCheckpoint": "recipes.callbacks",
+    "StopOnNonFinite": "recipes.callbacks",
     "LoRA": "algorithms.lora",
     "NF": "algorithms.nf",
     "LQLoRA": "algorithms.lq_lora",

@@ -25,9 +25,10 @@ from lowrank_ft.engine.counting import bytes_of, count
 from lowrank_ft.errors import CheckpointError, ConfigError
 from lowrank_ft.modules.lowrank import LowRank
 from lowrank_ft.modules.resized import Resized
-from lowrank_ft.recipes import data, evaluation, models, reporting, training
+from lowrank_ft.recipes import callbacks, data, evaluation, models, plots, reporting, training
 from lowrank_ft.recipes.data import DataConfig
-from lowrank_ft.recipes.training import FinetuneConfig, ModelConfig, TrainConfig
+from lowrank_ft.recipes.settings import ModelConfig, TrainConfig
+from lowrank_ft.recipes.training import FinetuneConfig
 from lowrank_ft.structure import registry
 
 
@@ -142,7 +143,7 @@ def compress(config: CompressConfig) -> CompressResult:
         difference = verify.reload_difference(model, None, output / "model", {"input_ids": probe})
     result = CompressResult(steps, layers, difference)
     (output / "report.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    reporting.compression_page(asdict(result), output)
+    plots.compression_page(asdict(result), output)
     print(table(steps, difference))
     return result
 
@@ -202,9 +203,9 @@ def _train(model: nn.Module, tokenizer: Any, train: TrainConfig, config: Compres
         args=arguments,
         train_dataset=data.tokenize_for_generation(rows, text, tokenizer),
         data_collator=data.Collator(tokenizer.pad_token_id),
-        callbacks=[training.AdapterCheckpoint(), training.StopOnNonFinite()],
+        callbacks=[callbacks.AdapterCheckpoint(), callbacks.StopOnNonFinite()],
     )
-    with training.in_float32(model):
+    with callbacks.in_float32(model):
         trainer.train()
     model.eval()
 

@@ -1,4 +1,4 @@
-"""Fine-tuning with Trainer: the recipe, and the callbacks that any Trainer can use."""
+"""The fine-tuning recipe: load, wrap, measure, train with Trainer, measure again, save, report."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import gc
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from lowrank_ft import checkpoint, engine
@@ -26,167 +25,12 @@ from lowrank_ft.anatomy import layouts
 from lowrank_ft.calibration import texts
 from lowrank_ft.checkpoint import files, loading, native, verify
 from lowrank_ft.engine.counting import count
-from lowrank_ft.errors import ConfigError, NonFiniteError, StateError, did_you_mean
-from lowrank_ft.modules.quantized import Quantized
-from lowrank_ft.recipes import data, evaluation, reporting, tasks
+from lowrank_ft.errors import ConfigError, did_you_mean
+from lowrank_ft.recipes import data, evaluation, plots, reporting, tasks
+from lowrank_ft.recipes.callbacks import AdapterCheckpoint, StopOnNonFinite, in_float32
 from lowrank_ft.recipes.data import DataConfig
+from lowrank_ft.recipes.settings import ModelConfig, TrainConfig
 from lowrank_ft.structure import registry
-
-# Callbacks for any Trainer ----------------------------------------------------------------------------------
-
-
-class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
-    """Makes a Trainer's (or SFTTrainer's) checkpoints hold the adapters alone, and resume exactly.
-
-    From the trainer's creation to the end of training, ``checkpoint-*`` directories get the adapters, the
-    optimiser, the scheduler and the random states, but not the frozen base; ``trainer.train(resume_from_
-    checkpoint=True)`` reads them back. Beside Trainer's own files each has an ``adapter`` directory that
-    :func:`lowrank_ft.load` reads. After training, ``save_pretrained`` writes the whole model again.
-
-    Where several processes train, packed weights are sent once, when the trainer is made.
-    """
-
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Tell transformers which tensors its checkpoints leave out, and DDP which it need not send."""
-        if not engine.hosts(model):
-            raise StateError(
-                "AdapterCheckpoint needs a model with an adapter: wrap() it before the Trainer is made."
-            )
-        always = getattr(type(model), "_keys_to_ignore_on_save", None) or ()
-        model._keys_to_ignore_on_save = sorted(engine.frozen_keys(model).union(always))
-        _share_packed(model)
-
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Put an adapter directory beside Trainer's files."""
-        if args.should_save:
-            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter"
-            ignored = model.__dict__.pop("_keys_to_ignore_on_save", None)  # a compressed base is saved whole
-            try:
-                checkpoint.save(model, directory)
-            finally:
-                if ignored is not None:
-                    model._keys_to_ignore_on_save = ignored
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Let ``save_pretrained`` write everything again."""
-        model.__dict__.pop("_keys_to_ignore_on_save", None)
-
-
-def _share_packed(model: nn.Module) -> None:
-    """Give every process the first one's packed weights, and keep DDP from sending them with every forward.
-
-    They are buffers, all of which DistributedDataParallel broadcasts before each forward: the whole base.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    packed = {
-        f"{name}.{key}": tensor
-        for name, module in model.named_modules()
-        if isinstance(module, Quantized)
-        for key, tensor in module.packed.items()
-    }
-    for tensor in packed.values():
-        torch.distributed.broadcast(tensor.view(torch.uint8), 0)  # bytes: not all backends know all types
-    if packed:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(packed))  # type: ignore[no-untyped-call]
-
-
-class StopOnNonFinite(TrainerCallback):  # type: ignore[misc]
-    """Stops training before a NaN or infinite gradient reaches the weights."""
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Check every gradient; one reduction for all.
-
-        Raises:
-            NonFiniteError: naming the first parameter at fault.
-        """
-        if args.fp16:
-            return  # the loss scaler overflows on purpose and skips such steps itself
-        named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-        if torch.nn.utils.get_total_norm([g for _, g in named]).isfinite():
-            return
-        culprit = next((n for n, g in named if not torch.isfinite(g).all()), named[0][0])
-        raise NonFiniteError(
-            f"The loss became NaN or infinite at step {state.global_step + 1} (seen in the gradient of "
-            f"{culprit}). The weights still hold step {state.global_step}. Lower the learning rate, add "
-            f"warm-up, train in float32, or look at the data of this step."
-        )
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Hold factors that are kept in half precision in float32 while they train; round them at the end.
-
-    In half precision most of an optimiser's steps would be rounded away.
-    """
-    kept = {
-        name: dtype
-        for host in engine.hosts(model).values()
-        for name, node in host.nodes.items()
-        if (dtype := getattr(node, "dtype", None)) in ("bfloat16", "float16")
-    }
-    for name in kept:
-        engine.cast_adapters(model, "float32", name)
-    yield
-    for name, dtype in kept.items():
-        engine.cast_adapters(model, dtype, name)
-
-
-# The recipe's config ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The names are those of transformers' TrainingArguments."""
-
-    learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
-    num_train_epochs: float = 1.0
-    """Passes over the training data, where `max_steps` does not say otherwise."""
-    max_steps: int = -1
-    """Optimiser steps; -1 means `num_train_epochs`."""
-    per_device_train_batch_size: int = 4
-    """Sequences or images of a step on each device."""
-    gradient_accumulation_steps: int = 1
-    """Batches added up before an optimiser step."""
-    per_device_eval_batch_size: int = 4
-    """Sequences or images of an evaluation batch."""
-    lr_scheduler_type: str = "cosine"
-    """How the learning rate falls."""
-    warmup_steps: float = 0.03
-    """Steps over which it rises first; below 1, the share of all steps."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    bf16: bool = False
-    """Compute in bfloat16 under autocast. With model.dtype=bfloat16 it is not needed."""
-    gradient_checkpointing: bool = False
-    """Keep one activation a block and compute the rest again: less memory, a third more time."""
-    logging_steps: int = 5
-    """Steps between points of the training curve."""
-    eval_steps: int | None = None
-    """Steps between points of the held-out curve; a tenth of the run by default."""
-    save_steps: int | None = None
-    """Steps between checkpoints to resume from; none by default."""
-    save_total_limit: int | None = 2
-    """Checkpoints to keep."""
-    resume: bool = False
-    """Go on from the last checkpoint in the output directory."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Any other field of TrainingArguments."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model."""
-
-    path: str
-    """A directory, or a name on the hub."""
-    dtype: str = "auto"
-    """"auto" (as saved), "float32", "bfloat16" or "float16"."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +114,6 @@ class FinetuneResult:
     reload_difference: float | None
     curve: list[dict[str, float]]
     classes: list[str]
-
-
-# The recipe -------------------------------------------------------------------------------------------------
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -509,9 +350,6 @@ def _speeds(config: FinetuneConfig, clock: _Clock, examples: int, arguments: Any
     return {"tokens_per_second": None, "images_per_second": images / seconds}
 
 
-# What it leaves behind --------------------------------------------------------------------------------------
-
-
 def _write(config: FinetuneConfig, found: tasks.Prepared, result: FinetuneResult) -> FinetuneResult:
     """Save the adapter, prove that it loads, and write the report."""
     output, model = Path(config.output), found.model
@@ -532,9 +370,9 @@ def _write(config: FinetuneConfig, found: tasks.Prepared, result: FinetuneResult
     )
     facts = dataclasses.asdict(result)
     (output / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    reporting.plot_curve(result.curve, output / "learning_curve.png")
+    plots.plot_curve(result.curve, output / "learning_curve.png")
     if result.after.confusion is not None:
-        reporting.plot_confusion(result.after.confusion, result.classes, output / "confusion.png")
+        plots.plot_confusion(result.after.confusion, result.classes, output / "confusion.png")
     return result
 
 

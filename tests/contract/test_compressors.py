@@ -15,7 +15,7 @@ from lowrank_ft import engine
 from lowrank_ft.engine.counting import count
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
 from lowrank_ft.modules.lowrank import LowRankNode
-from lowrank_ft.recipes.training import AdapterCheckpoint
+from lowrank_ft.recipes.callbacks import AdapterCheckpoint
 from lowrank_ft.structure.manifest import describe
 from tests.contract.cases import COMPRESSING, Case
 from tests.contract.test_contract import FLOAT64, assert_reloads_as_a_model, assert_same_state, state

@@ -19,7 +19,7 @@ from lowrank_ft.engine.counting import count
 from lowrank_ft.errors import ConfigError, LowRankError, StateError, TargetError
 from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.modules.quantized import Quantized
-from lowrank_ft.recipes.training import AdapterCheckpoint
+from lowrank_ft.recipes.callbacks import AdapterCheckpoint
 from lowrank_ft.structure.manifest import describe
 from lowrank_ft.structure.registry import methods
 from tests.contract.cases import QUANTIZING, Case
