@@ -1,6 +1,8 @@
 """Fine-tune with LoRA in a loop of your own, save the adapter, and load it onto a fresh base.
 
-python examples/finetune.py MODEL TEXTS.jsonl outputs/finetune
+To run it (`make assets` provides what the defaults name):
+
+    python examples/finetune.py [MODEL TEXTS.jsonl OUT]
 """
 
 from __future__ import annotations
@@ -15,33 +17,45 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lowrank_ft
 
 
-def main(base: str, texts: str, output: str, steps: int = 20, length: int = 128) -> list[float]:
-    """Train for some steps, and return the losses."""
+def main(
+    base: str = ".cache/assets/smollm2",
+    texts: str = ".cache/assets/wikipedia/train.jsonl",
+    output: str = "outputs/finetune",
+    *,
+    steps: int = 20,
+    length: int = 128,
+) -> dict[str, float]:
+    """Train on one text a step, and return the held-out loss before and after."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lowrank_ft.wrap(model, "lora", rank=8)  # freezes the base; the outputs are still bit-identical
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    lines = [json.loads(line)["text"] for line in Path(texts).read_text(encoding="utf-8").splitlines()]
+    batches = [tokenizer(text, return_tensors="pt")["input_ids"][:, :length] for text in lines[: steps + 8]]
+    training, held_out = batches[:-8], batches[-8:]  # the last eight texts are never trained on
 
-    lines = Path(texts).read_text(encoding="utf-8").splitlines()
-    losses = []
-    for step in range(steps):
-        ids = tokenizer(json.loads(lines[step % 4])["text"], return_tensors="pt")["input_ids"][:, :length]
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+    def loss() -> float:
+        with torch.no_grad():
+            each = [model.eval()(input_ids=ids, labels=ids).loss for ids in held_out]
+        return float(torch.stack(each).mean())
+
+    losses = {"before": loss()}
+    for ids in training:
+        model.train()(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    print(f"loss {losses[0]:.3f} → {losses[-1]:.3f}")
+    losses["after"] = loss()
+    print(f"held-out loss {losses['before']:.3f} → {losses['after']:.3f}")
 
     lowrank_ft.save(model, output, tokenizer=tokenizer)
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lowrank_ft.load(fresh, output)  # checks that this is the base that the adapter was made for
     with torch.no_grad():
-        difference = (fresh.eval()(ids).logits - model.eval()(ids).logits).abs().max()
+        difference = (fresh.eval()(held_out[0]).logits - model.eval()(held_out[0]).logits).abs().max()
     print(f"reloaded: logits differ by {difference:.1e}")
     assert difference == 0
     return losses
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3])
+    main(*sys.argv[1:])

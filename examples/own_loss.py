@@ -2,6 +2,8 @@
 
 Layers are kept where *this* loss depends on them. The loss is summed over a batch, not averaged.
 
+To run it:
+
     python examples/own_loss.py
 """
 

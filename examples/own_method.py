@@ -2,7 +2,9 @@
 
 This one trains a factor for each output of a layer (IA³, Liu et al. 2022, arXiv 2205.05638).
 
-    python examples/own_method.py MODEL outputs/own
+To run it (`make assets` provides what the defaults name):
+
+    python examples/own_method.py [MODEL OUT]
 """
 
 from __future__ import annotations
@@ -69,22 +71,29 @@ class GainMethod(Method[Gain]):
             torch.nn.init.zeros_(delta.gain_of_outputs)
 
 
-def main(base: str, output: str) -> None:
-    """Wrap, change, save, reload, merge."""
+def main(base: str = ".cache/assets/smollm2", output: str = "outputs/own", *, steps: int = 10) -> list[float]:
+    """Wrap, train, save, reload, merge; return the loss of each step."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     ids = torch.arange(3, 20)[None]
     before = model(ids).logits
     lowrank_ft.wrap(model, "gain", targets=["q_proj", "v_proj"])
     assert torch.equal(model(ids).logits, before)
-    with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.fill_(0.1)  # in the place of training
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    print(f"loss of one sequence {losses[0]:.3f} → {losses[-1]:.3f}")
     lowrank_ft.save(model, output)
     fresh = lowrank_ft.load(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), output)
     assert torch.equal(fresh.eval()(ids).logits, model.eval()(ids).logits)
     print(lowrank_ft.report(fresh))
     lowrank_ft.merge(fresh)  # a stock model again
+    return losses
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

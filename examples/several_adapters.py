@@ -1,6 +1,8 @@
 """Keep several adapters on one model: train each alone, switch between them, add them up.
 
-python examples/several_adapters.py MODEL outputs/adapters
+To run it (`make assets` provides what the defaults name):
+
+    python examples/several_adapters.py [MODEL OUT]
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ def train(model: nn.Module, ids: Tensor, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def main(base: str, output: str, steps: int = 10) -> dict[str, list[float]]:
+def main(
+    base: str = ".cache/assets/smollm2", output: str = "outputs/adapters", *, steps: int = 10
+) -> dict[str, list[float]]:
     """Train two adapters, and return each combination's loss on both sequences."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     sequences = {"up": torch.arange(3, 35)[None], "down": torch.arange(34, 2, -1)[None]}
@@ -42,9 +46,15 @@ def main(base: str, output: str, steps: int = 10) -> dict[str, list[float]]:
         print(f"{active_names:>8}: loss going up {up:.3f}, going down {down:.3f}")
 
     lowrank_ft.save(model, output)  # both of them; name="up" would save one
-    lowrank_ft.delete_adapter(model, "up")
+    fresh = lowrank_ft.load(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), output)
+    lowrank_ft.delete_adapter(model, "down")
+    lowrank_ft.set_adapter(fresh, "up")
+    lowrank_ft.set_adapter(model, "up")
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(ids).logits, model.eval()(ids).logits)
+    print("reloaded and switched: logits are equal")
     return losses
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

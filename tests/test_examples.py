@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,21 +32,34 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def lines_of_code(path: Path) -> int:
+    """Count the lines that hold code: no docstring, no comment, no blank line."""
+    source = path.read_text(encoding="utf-8")
+    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, with_docstring)]
+    docstrings = [node.body[0] for node in nodes if ast.get_docstring(node)]
+    prose = {line for node in docstrings for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    lines = enumerate(map(str.strip, source.splitlines()), start=1)
+    return sum(bool(line) and not line.startswith("#") and i not in prose for i, line in lines)
+
+
 @pytest.fixture
 def text(texts: Path) -> str:  # noqa: F811
     return str(texts / "train.jsonl")
 
 
 def test_finetune(base: Path, text: str, tmp_path: Path) -> None:  # noqa: F811
-    losses = load("finetune").main(str(base), text, str(tmp_path / "out"), steps=12)
-    assert losses[-1] < losses[0]
+    losses = load("finetune").main(str(base), text, str(tmp_path / "out"), steps=24)
+    assert losses["after"] < losses["before"]
 
 
 def test_qlora(base: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    losses = load("qlora").main(str(base), text, str(tmp_path / "out"), steps=12)
-    assert losses[-1] < losses[0]
+    losses = load("qlora").main(str(base), text, str(tmp_path / "out"), steps=24)
+    assert losses["trained"] < losses["in 4 bits"]
+    assert losses["in 4 bits"] != losses["dense"]
     assert (tmp_path / "out-dense" / "model.safetensors").exists()
-    assert "MB now" in capsys.readouterr().out
+    dense, packed = re.findall(r"([\d.]+) MB", capsys.readouterr().out)
+    assert float(packed) < float(dense)
 
 
 def test_compress_recover(base: Path, text: str, tmp_path: Path) -> None:  # noqa: F811
@@ -54,14 +69,17 @@ def test_compress_recover(base: Path, text: str, tmp_path: Path) -> None:  # noq
 
 
 def test_stack(base: Path, text: str, tmp_path: Path) -> None:  # noqa: F811
-    sizes = load("stack").main(str(base), text, str(tmp_path / "out"), length=12)
+    stages = load("stack").main(str(base), text, str(tmp_path / "out"), length=12)
+    sizes = {stage: size for stage, (size, _) in stages.items()}
     assert sizes["dense"] > sizes["factored"] > sizes["in 4 bits"]
+    assert stages["adapted"][1] < stages["in 4 bits"][1]
 
 
 def test_own_method(base: Path, tmp_path: Path) -> None:  # noqa: F811
     try:
-        load("own_method").main(str(base), str(tmp_path / "out"))
+        losses = load("own_method").main(str(base), str(tmp_path / "out"))
         assert "gain" in registry.methods
+        assert losses[-1] < losses[0]
     finally:
         registry.methods.remove("gain")
         registry.nodes.remove("gain")
@@ -81,21 +99,27 @@ def test_several_adapters(base: Path, tmp_path: Path) -> None:  # noqa: F811
 
 def test_trl_sft(base: Path, text: str, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("trl")
-    assert load("trl_sft").main(str(base), text, str(tmp_path / "out"), steps=4, length=12) > 0
+    losses = load("trl_sft").main(str(base), text, str(tmp_path / "out"), steps=10, length=12)
+    assert losses["after"] < losses["before"]
 
 
 def test_several_processes(base: Path, text: str, tmp_path: Path) -> None:  # noqa: F811
-    """Two gloo processes, as the README's command starts them."""
-    environment: dict[str, str] = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(ROOT)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    arguments = [str(base), text, str(tmp_path / "out")]
+    """Two gloo processes, as the README's command for machines without a GPU starts them."""
+    more = tmp_path / "more.jsonl"
+    more.write_text(Path(text).read_text() * 4)  # at 64 tokens a row, for ten steps of two processes
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["ACCELERATE_USE_CPU"] = "true"  # also where the tests run beside a GPU
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--main_process_port", "0"]  # any free one: tests may run side by side
+    arguments = [str(base), str(more), str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / "several_processes.py"), *arguments],
         env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("2 processes: loss") == 1
+    [(processes, before, after)] = re.findall(r"(\d+) processes: held-out loss (\S+) → (\S+)", done.stdout)
+    assert processes == "2"
+    assert float(after) < float(before)
     index: dict[str, Any] = json.loads((tmp_path / "out" / "lowrank_ft.json").read_text())
     assert list(index["adapters"]) == ["default"]
 
@@ -112,4 +136,4 @@ def test_every_example_is_in_the_readme_and_tested_and_short() -> None:
     for name in files:
         assert f"({name}.py)" in readme
         assert f"test_{name}" in globals()
-        assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 90
+        assert lines_of_code(EXAMPLES / f"{name}.py") <= 60, name
