@@ -31,8 +31,8 @@ if TYPE_CHECKING:
         unmerge,
         wrap,
     )
-    from lowrank_ft.recipes.reporting import methods, report
     from lowrank_ft.recipes.callbacks import AdapterCheckpoint, StopOnNonFinite
+    from lowrank_ft.recipes.reporting import methods, report
 
 _WHERE = {
     "wrap": "engine",

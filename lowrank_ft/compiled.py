@@ -1,8 +1,8 @@
 """C kernels: built on first use where the machine has a C compiler, and kept for the next process.
 
-An install needs no compiler: without one, or with ``LOWRANK_FT_NO_COMPILER=1``, plain torch does the same, to
-the same bits. Nothing is downloaded, and what is loaded was built from a source in this package: its place in
-the user's cache is named by a hash of the source and the machine.
+A compiler is optional: without one, or with ``LOWRANK_FT_NO_COMPILER=1``, plain torch computes bit-identical
+results. Nothing is downloaded. A library is built from a C file of this package and kept in the user's cache,
+under a hash of the source and of the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-# Contraction into fused multiply-adds would round in other places than plain torch does.
+# Fused multiply-adds would round differently from plain torch.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c99", "-shared", "-fPIC")
 
 
@@ -85,12 +85,12 @@ def _built(source: Path, compiler: str) -> Path:
             built = Path(scratch) / target.name
             command = [compiler, *FLAGS, "-o", str(built), str(source)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-            built.replace(target)  # whole or not there, whoever else builds it now
+            built.replace(target)  # atomic, since another process may build it at the same time
     return target
 
 
 def _machine() -> str:
-    """What decides which instructions the processor has: home directories can be shared by many machines."""
+    """Identify the processor's instruction set: several kinds of machine can share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -25,7 +25,7 @@ def parse(
         cls: a dataclass type.
         options: field names to values, as they come from keyword arguments, YAML or JSON.
         what: how to call the thing in an error message; the class name by default.
-        given: fields that are built already, taken as they are.
+        given: fields that are built already; they are not checked again.
 
     Raises:
         ConfigError: an unknown option (with the nearest known one), a missing one, a wrong type, or a

@@ -97,7 +97,8 @@ class Layout:
         down: the layer out of it.
         gate: the layer whose activation multiplies ``up``'s output, if there is one.
         attention: the module that attends, with its projections; None where there is none.
-        width: the option of the family's config that holds the width of all MLPs; empty where none does.
+        width: name of the option in the family's config that holds the width of all MLPs; empty where there
+            is none.
     """
 
     up: str
@@ -168,7 +169,7 @@ def mlp_of(layout: Layout, name: str, names: Container[str]) -> tuple[str, ...]:
     Args:
         layout: the family's.
         name: the layer.
-        names: of all modules, since several layers can have the ending that an MLP's has.
+        names: the names of all modules. A layer outside of MLPs can have the same ending.
     """
     parts = [part for part in (layout.gate, layout.up, layout.down) if part]
     for part in parts:
@@ -179,7 +180,7 @@ def mlp_of(layout: Layout, name: str, names: Container[str]) -> tuple[str, ...]:
 
 
 def attention_of(layout: Layout, name: str, names: Container[str]) -> str | None:
-    """Return the module that attends with a layer; None where the layer is no projection of any.
+    """Return the attention module that a layer is a projection of; None where it is none.
 
     Args:
         layout: the family's.
@@ -203,13 +204,13 @@ def fused_parts(model: nn.Module, name: str, layer: nn.Module) -> tuple[int, ...
     Args:
         model: the model.
         name: of the layer.
-        layer: what stands there.
+        layer: the module at that name.
     """
     layout = LAYOUTS.get(getattr(getattr(model, "config", None), "model_type", ""))
     attention = None if layout is None else layout.attention
     if attention is None or not attention.qkv or not name.endswith(f".{attention.qkv}"):
         return ()
-    if hasattr(layer, "stock_shape"):  # it lost some of them
+    if hasattr(layer, "stock_shape"):  # some of its outputs were removed
         return ()
     owner = model.get_submodule(f"{name.removesuffix(attention.qkv)}{attention.name}")
     return heads.split_of(owner, layer_of(layer, name).out_features)

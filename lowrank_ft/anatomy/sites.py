@@ -41,12 +41,12 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The name of its first layer, by which it goes in plans, journals and reports."""
+        """The name of its first layer; options, journals and reports use it for the whole site."""
         return next(iter(self.layers))
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """Those of the modules that are layers, by name."""
+        """The modules that carry a weight, by name."""
         pairs = zip(self.names, self.modules, strict=True)
         return {name: module for name, module in pairs if find_layer(module) is not None}
 
@@ -67,7 +67,7 @@ class Targets:
 def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of ``model`` by the names they have in the stock model.
 
-    Hosts of adapters are looked through: their name leads to their base. The root is left out.
+    For a host of adapters its base is returned, under the host's name. The root is left out.
     """
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -81,7 +81,7 @@ def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
         if name:
             found[name] = module
         if isinstance(module, Replacement) and not isinstance(module, Container):
-            return  # what a compressor left is one layer, whatever it is made of
+            return  # a compressed layer counts as one layer; its parts are not listed
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}" if name else child_name)
 
@@ -102,7 +102,7 @@ def select(
     (``"*.layers.1?.mlp.*"``), or a regular expression for the full name (``"re:.*\.(q|v)_proj"``).
 
     Args:
-        model: any module; adapters on it are looked through.
+        model: any module, with or without adapters on it.
         targets: one target or several; a layer is taken if any matches.
         exclude: patterns of layers to leave out.
         layers: block indices to keep (the first number in the name); negative ones count from the end.
@@ -182,7 +182,7 @@ def _matches(
     if not hits or (not adaptable and not exact):
         layers = [name for name, module in modules.items() if find_layer(module) is not None]
         raise TargetError(f"The target {target!r} matches no layer. {_nearest(target, layers)}")
-    if exact:  # a plain name must mean layers; a glob may run over other modules
+    if exact:  # a plain name must match layers only; a glob may match other modules too
         for name in sorted(hits):
             layer_of(modules[name], name)
     for name in sorted(adaptable & read_directly):

@@ -1,4 +1,4 @@
-"""Weights that several modules share: found, guarded, and named where they are now."""
+"""Weights that several modules share: find them, refuse to break them, keep their names up to date."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def other_users(model: nn.Module, module: nn.Module, ties: Mapping[int, list[str
     """Return the names under which other modules use the weight of ``module``.
 
     Args:
-        model: where both live.
-        module: the layer, or the host that stands on it; several names of its own are no tie.
+        model: the model that holds them.
+        module: the layer, or its host. A module that is registered under several names is not tied to itself.
         ties: what :func:`shared` found.
     """
     base = module.base if isinstance(module, Host) else module
@@ -59,7 +59,7 @@ def set_tied(model: nn.Module, tied: bool) -> bool:
 
 
 def rename(model: nn.Module) -> None:
-    """Tell transformers where tied weights live now that an embedding or head may be a host's base."""
+    """Update transformers' names of tied weights: an embedding or head may have become a host's base."""
     for module in model.modules():
         stock = getattr(type(module), "_tied_weights_keys", None)
         if not isinstance(stock, dict):
@@ -76,7 +76,7 @@ def rename(model: nn.Module) -> None:
 
 
 def _as_placed(module: nn.Module, key: str) -> str:
-    """Return where the tensor ``key`` is now, given where it was with hosts or without."""
+    """Return the present name of a tensor, given its name before hosts were put in or taken out."""
     owner, _, attribute = key.rpartition(".")
     modules = dict(module.named_modules())
     if owner.endswith(".base") and owner not in modules:

@@ -26,7 +26,7 @@ from lowrank_ft.quant import blockwise
 
 
 class Combination:
-    """One factor: its basis, and what of it is known at present.
+    """One factor: its basis, and the factor built from its present coefficients.
 
     The basis matrices are scaled so that coefficients of size 1 give entries of the variance that the paper's
     uniform ones have, 1/3 (Koohpayegani et al. 2024, arXiv 2310.02556, section 3).
@@ -86,7 +86,7 @@ class Combination:
             self._gradient = gradient if gradient is self._gradient else gradient.clone()
             return torch.zeros_like(coefficients)
         self._gradient = None
-        # An optimiser comes next, and some change parameters behind the version counter's back.
+        # An optimiser runs next, and some optimisers change parameters without raising the version counter.
         self._made_from = ()
         projected = basis.project(self.stream, _wide(gradient), self.bases + 1, self.scale)
         return projected[1:].to(coefficients.dtype)
@@ -96,7 +96,7 @@ class _Materialized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coefficients: nn.Parameter, combination: Combination, factor: Tensor) -> Tensor:
         ctx.coefficients, ctx.combination = coefficients, combination
-        return factor.detach()  # an alias: the factor itself stays outside of the graph
+        return factor.detach()  # an alias, so that the factor itself stays outside of the graph
 
     @staticmethod
     @once_differentiable

@@ -15,7 +15,8 @@ from torch import Tensor
 from lowrank_ft.basis.philox import Stream
 
 _BLOCKS = 8  # blocks of 128 elements that one program holds
-_OPTIONS: dict[str, Any] = {"BLOCKS": _BLOCKS, "enable_fp_fusion": False}  # products and sums round apart
+# No fused multiply-adds: products and sums are rounded separately, as on the CPU.
+_OPTIONS: dict[str, Any] = {"BLOCKS": _BLOCKS, "enable_fp_fusion": False}
 
 
 def available() -> bool:

@@ -1,4 +1,4 @@
-"""A layer with adapters on it, any number of them, some active."""
+"""A layer with any number of adapters on it, of which some are active."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Adapted(Host):
     def merged(self) -> nn.Module:
         """Return the layer with the active adapters in its weight, summed in float32, rounded once.
 
-        Factors that a compressor left stay factors, of a larger rank, where every update is low-rank.
+        A layer that is factored already stays factored, with a larger rank, if every update is low-rank.
         """
         deltas = cast("tuple[Delta, ...]", self.running)
         if not deltas:
@@ -149,7 +149,7 @@ class Adapted(Host):
 
 
 def _summed(forms: list[LowRankForm]) -> LowRankForm:
-    """Several updates as one of the summed rank."""
+    """Join several updates into one whose rank is the sum of theirs."""
     if len(forms) == 1:
         return forms[0]
     A = torch.cat([form.A for form in forms])

@@ -18,7 +18,7 @@ from lowrank_ft.structure.node import Node
 from lowrank_ft.structure.registry import register_node
 from lowrank_ft.structure.replacement import Container
 
-# Families whose attention reads the window off the config; the others have an attribute for it, or none.
+# Families whose attention reads the sliding window from the config, not from an attribute.
 _WINDOW_OF_CONFIG = ("mistral", "phi3")
 # Families that scale queries before the product with the keys, which can overflow in float16 otherwise.
 _SCALES_QUERIES = ("opt",)
@@ -29,8 +29,7 @@ _SCALES_QUERIES = ("opt",)
 class AttentionNode(Node):
     """An attention module whose projections are resized.
 
-    The sizes are those of its projections, which are nodes of their own; this node says what they are
-    called.
+    This node holds the names of the projections. Their sizes are in their own nodes.
 
     Attributes:
         q, k, v: the projections.
@@ -48,7 +47,7 @@ class AttentionNode(Node):
     split: tuple[int, ...] = ()
 
     def build(self, module: nn.Module, name: str = "") -> ResizedAttention:
-        """Build the module; its children are those of ``module``, to be replaced in their turn.
+        """Build the module; its children are those of ``module``, which are replaced afterwards.
 
         Raises:
             TargetError: the module lacks a projection, or is not one that attends.
@@ -79,7 +78,7 @@ class ResizedAttention(Container):
         super().__init__()
         self.node = node
         self._modules.update(stock._modules)
-        shell = copy.copy(stock)  # attributes of the stock module, and none of its weights
+        shell = copy.copy(stock)  # it has the attributes of the stock module, but no weights
         for patched in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, bound to the stock module
             shell.__dict__.pop(patched, None)
         shell._modules = dict.fromkeys(stock._modules)
@@ -114,7 +113,7 @@ class ResizedAttention(Container):
             position_embeddings: cosines and sines, ``(batch, tokens, h)``; None without rotary embedding.
             attention_mask: what the model made for its attention backend.
             past_key_values: a cache; it holds keys and values of the reduced widths.
-            **kwargs: handed to the attention backend, but for what the stock module keeps to itself.
+            **kwargs: passed to the attention backend, without the arguments that the stock forward consumes.
 
         Raises:
             StateError: attention weights are asked for.
@@ -196,7 +195,7 @@ class ResizedAttention(Container):
         return self._child(norm)(x) if norm in self._modules else x
 
     def _turned(self, query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys by the angles of the dimensions that are left."""
+        """Rotate queries and keys by the angles of the dimensions that were kept."""
         cos, sin = (self._angles(part) for part in angles)
         key = _rotate(key, cos, sin)
         if self._groups > 1 and cos.shape[1] > 1:
@@ -204,7 +203,7 @@ class ResizedAttention(Container):
         return _rotate(query, cos, sin), key
 
     def _angles(self, part: Tensor) -> Tensor:
-        """Choose cosines or sines by the dimensions that are left: ``(batch, heads or 1, tokens, width)``."""
+        """Select cosines or sines of the kept dimensions: ``(batch, heads or 1, tokens, width)``."""
         rows = getattr(self._child(self.node.qkv or self.node.k), "rows", None)
         if rows is None:
             return part.unsqueeze(1)
@@ -223,12 +222,12 @@ class ResizedAttention(Container):
 
 
 def _stock_outputs(projection: nn.Module) -> int:
-    """How many outputs a projection had before any were taken."""
+    """The number of outputs of the stock projection."""
     shape = getattr(projection, "stock_shape", None)
     return cast(int, projection.out_features if shape is None else shape[0])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair ``(j, j + width/2)`` by its angle."""
+    """Rotate each pair ``(j, j + width/2)`` by its angle."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin

@@ -1,4 +1,4 @@
-"""A module with whole trained copies beside it: extra trainables, and state that moves while training.
+"""A module with trained copies beside it: for modules trained in full, and for batch norm statistics.
 
 Two uses. Heads, norms or embeddings that should be trained in full (``modules_to_save``) get a trainable
 copy per adapter. And batch norms, whose running statistics drift in training even when frozen, get a
@@ -23,7 +23,7 @@ from lowrank_ft.structure.registry import register_node
 @register_node
 @dataclass(frozen=True)
 class CopyNode(Node):
-    """A copy of a whole module, its parameters trained or not; its buffers move either way."""
+    """A copy of a whole module. Its parameters may train; its buffers change in training in any case."""
 
     kind: ClassVar[str] = "copy"
     trainable: bool = True
@@ -63,7 +63,7 @@ class Copied(Host):
         return CopiedNode(dict(self.nodes), self.base_node())
 
     def trains(self, name: str) -> bool:
-        """Whether the adapter's copy is trained, or only carries buffers that move."""
+        """Whether the adapter's copy trains, or only has buffers that change."""
         return self.nodes[name].trainable
 
     def check_active(self, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What one adapter adds to one layer. A new adapter method writes a node and a delta, and little else."""
+"""What one adapter adds to one layer. A new adapter method consists of a node and a delta."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ class LowRankForm(NamedTuple):
 class DeltaNode(Node):
     """The structure of an adapter on one layer.
 
-    Unlike other nodes it replaces nothing: the engine hangs what it builds onto the layer, beside adapters
-    that are there already.
+    Unlike other nodes it replaces nothing: the engine adds the delta to the layer, beside other adapters.
     """
 
     def build(self, module: nn.Module, name: str = "") -> Delta:
@@ -79,7 +78,8 @@ class Delta(nn.Module):
     def joins_weight(self, x: Tensor) -> bool:
         """Whether to add ``ΔW`` to the weight and run the layer once is less work than to run both.
 
-        The weight then needs a gradient of its own size, which pays where it is small: with groups.
+        The weight then needs a gradient of its own size. That pays for small weights, as in grouped
+        convolutions.
 
         Args:
             x: the layer's input.
@@ -114,9 +114,9 @@ class Delta(nn.Module):
 
     @property
     def fingerprint(self) -> bytes:
-        """Something of all that the update depends on and no checkpoint keeps; nothing by default.
+        """Bytes that identify what the update depends on and checkpoints do not store; None by default.
 
-        A checkpoint records a digest of it, and does not load where that has changed.
+        A checkpoint records their digest and refuses to load when the digest has changed.
         """
         return b""
 

@@ -28,7 +28,7 @@ Product = tuple[Tensor, Tensor]
 
 
 class Frozen(Protocol):
-    """How a frozen weight multiplies. The tensors it takes come beside it, so that autograd keeps them."""
+    """How a frozen weight multiplies. Its tensors are passed separately, so that autograd can save them."""
 
     def multiply(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         """Return ``x Wᵀ + b``, ``(…, out)``."""
@@ -39,7 +39,7 @@ class Frozen(Protocol):
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A stock weight, by the very operations its own layer uses, so that its bits are the same.
+    """A stock weight, multiplied by the same operations as in the stock layer, so that bits are equal.
 
     Attributes:
         transposed: it is stored ``(in, out)``, as GPT-2 stores it.
@@ -148,11 +148,12 @@ class _LowRankLinear(torch.autograd.Function):
         *weight: Tensor,
     ) -> Tensor:
         source = x if dropped is None else dropped
-        hidden = source.reshape(-1, source.shape[-1]) @ A.to(x.dtype).T  # first: x is still in the cache
+        # First, while x is still in the processor's cache.
+        hidden = source.reshape(-1, source.shape[-1]) @ A.to(x.dtype).T
         out = frozen.multiply(x, weight, bias)
         out.view(-1, out.shape[-1]).addmm_(hidden, B.to(x.dtype).T, alpha=scale)
 
-        keep = ctx.needs_input_grad[3]  # A's gradient is all that the input is kept for
+        keep = ctx.needs_input_grad[3]  # the input is saved for A's gradient only
         kept = product if product is not None else (source,)
         ctx.save_for_backward(A, B, hidden, *weight, *(kept if keep else ()))
         ctx.scale, ctx.frozen, ctx.has_dropped = scale, frozen, dropped is not None
@@ -214,9 +215,9 @@ def _kept_product(x: Tensor) -> Product | None:
 
 
 def _saved_tensor_hooks_are_on() -> bool:
-    """Whether ``saved_tensors_hooks`` are in force. torch has no public question for this.
+    """Whether ``saved_tensors_hooks`` are in force. torch has no public function for this.
 
-    Where the private one is gone, answer yes: the input is then kept, which is right and only costs memory.
+    Where the private one is missing, return True: the input is then saved, which is correct and costs memory.
     """
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top_hooks is None or top_hooks(True) is not None

@@ -1,4 +1,4 @@
-"""What hosts of adapters share: a base, named parts, and which of them are active."""
+"""The base class of modules that host adapters: a base, named parts, and which of them are active."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Host(Replacement):
     """A module that keeps its base untouched and puts one or more named parts beside it.
 
     Attributes:
-        base: the module that stood here before.
-        parts: what each adapter put here, by adapter name.
+        base: the module that the host replaced.
+        parts: each adapter's module, by adapter name.
         nodes: the structure of each part.
         active: names of the adapters in force here; the others are kept, frozen and unused.
         running: their parts.
@@ -49,7 +49,7 @@ class Host(Replacement):
         """Raise ``StateError`` if these adapters cannot be active together here."""
 
     def activate(self, names: Sequence[str]) -> None:
-        """Put those of ``names`` that are hosted here in force; they train, the others do not."""
+        """Activate the named adapters that have a part here: these train, the others do not."""
         self.use(tuple(name for name in names if name in self.parts))
         for name, part in self.parts.items():
             part.requires_grad_(name in self.active and self.trains(name))
@@ -72,7 +72,7 @@ class Host(Replacement):
         """Return a stock module that computes what this host computes now."""
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the base what the host does not know: ``in_features``, ``bias``, ``stride``."""
+        """Look unknown attributes (``in_features``, ``bias``, ``stride``) up on the base."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -31,7 +31,7 @@ class Layer(ABC):
         module: the layer itself; its weight is read, never written.
         out_features: rows of the matrix; channels of the output.
         in_features: columns of the matrix: input features, vocabulary size, or ``in/groups · k · k``.
-        name: the module's name in the stock model, where :func:`layer_of` was told.
+        name: the module's name in the stock model, if it was passed to :func:`layer_of`.
     """
 
     kind: ClassVar[str]
@@ -91,7 +91,7 @@ class Layer(ABC):
         )
 
     def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]] | None:
-        """How the weight multiplies, and the tensors that takes; None where the module must be called.
+        """Return how the weight multiplies, and its tensors; None where the module itself must be called.
 
         Where a fused kernel may not read the weight: layers that are not linear, that do more than multiply,
         or whose weight or bias trains.
@@ -373,7 +373,7 @@ class ConvLayer(Layer):
         return samples * math.prod(before), samples * math.prod(after)
 
     def _strided(self, size: int, step: int) -> int:
-        """What a stride makes of a side."""
+        """The size of a side after a stride."""
         return -(-size // step)
 
     def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -509,7 +509,7 @@ def stock_linear(kind: str, matrix: Tensor, bias: Tensor | None) -> nn.Module:
     else:
         from transformers.pytorch_utils import Conv1D
 
-        with torch.device("meta"):  # no random start is drawn there
+        with torch.device("meta"):  # no random values are drawn on meta
             shell = Conv1D(out_features, in_features)
         shell.weight = nn.Parameter(matrix.T.contiguous())
         bias = matrix.new_zeros(out_features) if bias is None else bias

@@ -1,4 +1,4 @@
-"""What a compressor leaves of a layer: two thin factors in a row."""
+"""A compressed layer: two thin factors, applied one after the other."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def low_rank_node(layer: Layer, rank: int, bias: bool) -> LowRankNode:
 
 
 def supports_low_rank(layer: Layer) -> bool:
-    """Whether a layer can stand as two linear factors."""
+    """Whether a layer can be replaced by two linear factors."""
     if layer.kind == "embedding":
         return type(layer.module).forward is nn.Embedding.forward
     return layer.kind in ("linear", "transposed-linear")
@@ -88,12 +88,12 @@ def _empty_linear(in_features: int, out_features: int, bias: bool, place: dict[s
 
 
 class LowRank(Factored):
-    """Two factors where one layer stood.
+    """Two factors in place of one layer.
 
     Attributes:
         first: ``in → rank``; a table of ``rank`` columns where an embedding stood.
         second: ``rank → out``, with the layer's bias.
-        kind: which kind of layer stood here.
+        kind: the kind of the layer that was replaced.
         adds_bias: whether the second factor has a bias where the stock layer had none.
     """
 
@@ -101,7 +101,8 @@ class LowRank(Factored):
         layer = layer_of(stock)
         super().__init__(layer.weight)
         self.first, self.second = first, second
-        self.kind: str = getattr(stock, "kind", layer.kind)  # a resized layer knows what stood there
+        # A resized layer records the kind of the stock layer.
+        self.kind: str = getattr(stock, "kind", layer.kind)
         adds = self.kind == "linear" and layer.bias is None and self.bias is not None
         self.adds_bias: bool = adds or getattr(stock, "adds_bias", False)
         self.train(stock.training)
@@ -117,12 +118,12 @@ class LowRank(Factored):
 
     @property
     def rows(self) -> Tensor | None:
-        """Which outputs of the stock layer there are, where some were taken before (``Resized.rows``)."""
+        """Indices of the kept outputs of the stock layer, if some were removed (``Resized.rows``)."""
         return cast("Tensor | None", getattr(self.second, "rows", None))
 
     @property
     def columns(self) -> Tensor | None:
-        """Which inputs of the stock layer there are."""
+        """Indices of the kept inputs of the stock layer, likewise."""
         return cast("Tensor | None", getattr(self.first, "columns", None))
 
     @property
@@ -216,7 +217,7 @@ class LowRank(Factored):
 
 
 def _match_sizes(module: nn.Module) -> None:
-    """Make the sizes that a layer states those of its weight."""
+    """Set a layer's recorded sizes to those of its weight."""
     rows, columns = cast(Tensor, module.weight).shape
     if isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = rows, columns

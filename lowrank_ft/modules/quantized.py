@@ -20,20 +20,20 @@ from lowrank_ft.structure.node import DenseNode, Node
 from lowrank_ft.structure.registry import register_node
 from lowrank_ft.structure.replacement import Replacement
 
-TILE = 2**22  # weights that are unpacked at a time: a layer of a small model whole, 16 MB of a large one's
+TILE = 2**22  # weights that are unpacked at a time: a whole layer of a small model, 16 MB of a large one
 
 
 @register_node
 @dataclass(frozen=True)
 class QuantizedNode(Node):
-    """A linear layer stored by a scheme; ``base`` is what it was: dense, or resized."""
+    """A linear layer stored by a scheme; ``base`` describes the layer before: dense, or resized."""
 
     kind: ClassVar[str] = "quantized"
     scheme: Scheme = field(default_factory=Scheme)
     base: Node = field(default_factory=DenseNode)
 
     def build(self, module: nn.Module, name: str = "") -> Quantized:
-        """Build the layer for what stands at ``module``.
+        """Build the packed layer that will replace ``module``.
 
         Raises:
             TargetError: no linear layer.
@@ -49,16 +49,16 @@ class QuantizedNode(Node):
 
 
 class Quantized(Replacement):
-    """Packed tensors in the place of a weight.
+    """A linear layer with packed tensors in place of its weight.
 
     Attributes:
         scheme: how they are packed.
         storage: reads and writes them.
         in_features: inputs.
         out_features: outputs.
-        rows: which outputs of the stock layer there are, where some were taken before.
-        columns: which inputs.
-        kind: which kind of layer stood here.
+        rows: indices of the kept outputs of the stock layer; None where it has all.
+        columns: the same for inputs.
+        kind: the kind of the layer that was replaced.
         stock_shape: its outputs and inputs.
     """
 
@@ -131,7 +131,7 @@ class Quantized(Replacement):
 
     @torch.no_grad()
     def take(self, stock: nn.Module) -> None:
-        """Copy what is not quantised of the layer that stood here: bias, rows and columns."""
+        """Copy what is not quantised from the layer that is replaced: bias, rows and columns."""
         layer = layer_of(stock)
         for name in ("bias", "rows", "columns"):
             mine = getattr(self, name)
@@ -170,7 +170,7 @@ class Quantized(Replacement):
         return module.requires_grad_(False).train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
-        """Move the packed tensors where the layer goes, but cast none: scales keep their type."""
+        """Move the packed tensors with the layer, but never cast them: scales keep their dtype."""
         before = self.packed
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
@@ -217,7 +217,7 @@ class QuantizedLinear(LinearLayer):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Multiplies by a packed matrix, a tile of rows at a time: no dense copy outlives its product.
+    """Multiplies by a packed matrix, one tile of rows at a time, so that no whole dense copy exists.
 
     Attributes:
         storage: reads it.

@@ -1,4 +1,4 @@
-"""What a compressor leaves of a linear layer inside a coupled group: some of its rows, or of its columns."""
+"""A linear layer inside a coupled group that has lost some of its rows, or of its columns."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Resized(Replacement, nn.Linear):
     A stock load of its checkpoint fails by the weight's shape, so it needs no marker.
 
     Attributes:
-        rows: ``(out,)``, for each output the stock layer's that it stands for; None where it has all.
+        rows: ``(out,)``, for each output its index in the stock layer; None where it has all.
         columns: ``(in,)``, the same for inputs.
-        kind: which kind of layer stood here.
+        kind: the kind of the layer that was replaced.
         had_bias: whether that had a bias.
         adds_bias: whether it has a bias where the stock layer had none.
     """
@@ -80,7 +80,7 @@ class Resized(Replacement, nn.Linear):
 
     @staticmethod
     def of(like: Any, matrix: Tensor, bias: Tensor | None) -> Resized:
-        """Return a layer with the rows and columns of another one that knows them, and these values.
+        """Return a layer with these values, and the row and column indices of another layer.
 
         Args:
             like: has ``kind``, ``stock_shape``, ``rows``, ``columns`` and ``adds_bias``.
@@ -126,7 +126,7 @@ class Resized(Replacement, nn.Linear):
                 mine.copy_(given)
 
     def trimmed(self) -> nn.Module:
-        """Return a stock layer of this size, which no longer knows what it was."""
+        """Return a stock layer of this size, without the indices."""
         bias = None if self.bias is None else self.bias.detach()
         stock = stock_linear(self.kind, self.weight.detach(), bias)
         return stock.requires_grad_(self._trains()).train(self.training)

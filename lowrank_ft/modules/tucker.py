@@ -1,4 +1,4 @@
-"""What a compressor leaves of a convolution: 1×1, a smaller convolution of the same kind, 1×1."""
+"""A compressed convolution: 1×1, a smaller convolution of the same kind, 1×1."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class TuckerNode(Node):
 
 
 def supports_tucker(layer: Layer) -> bool:
-    """Whether a layer can stand as convolutions in a row."""
+    """Whether a layer can be replaced by a chain of convolutions."""
     return isinstance(layer, ConvLayer) and layer.kind == "conv" and layer.groups == 1 and layer.is_plain
 
 
 class TuckerConv(Factored):
-    """Two or three convolutions where one stood.
+    """Two or three convolutions in place of one.
 
     Attributes:
         inner: 1×1, ``in → rank_in``, or None.
@@ -112,7 +112,7 @@ class TuckerConv(Factored):
         return (self.core if self.outer is None else self.outer).bias
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the core: ``stride``, ``padding``, ``kernel_size``, ``groups``."""
+        """Look ``stride``, ``padding``, ``kernel_size`` and ``groups`` up on the core."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -248,7 +248,7 @@ class FactoredConv(ConvLayer):
 
     @property
     def _has_stock_forward(self) -> bool:
-        return True  # of the core, by which weights are run
+        return True  # the core's, since weights are run through its forward
 
     def tensor(self) -> Tensor:
         """The product of the factors."""

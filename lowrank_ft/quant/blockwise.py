@@ -55,6 +55,6 @@ def decode(codes: Tensor, scales: Tensor, bits: int, like: Tensor) -> Tensor:
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """The vector in rows of a block, filled up with zeros."""
+    """The vector cut into rows of one block each, padded with zeros."""
     missing = -len(values) % BLOCK
     return torch.nn.functional.pad(values, (0, missing)).view(-1, BLOCK)

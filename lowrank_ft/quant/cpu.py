@@ -15,7 +15,7 @@ from lowrank_ft.compiled import Kernel, at
 KERNEL = Kernel(
     Path(__file__).with_name("unpack.c"), "packed weights are read by plain torch, several times slower"
 )
-_SHARE = 2**18  # weights that a thread of its own is worth
+_SHARE = 2**18  # weights for each thread: fewer are not worth starting one
 
 
 def reads(codes: Tensor) -> bool:

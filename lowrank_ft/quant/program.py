@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight to be stored, seen by the program.
+    """A weight to be stored, as the integer program sees it.
 
     Attributes:
         weight: ``(out, in)``, float32.
@@ -88,7 +88,7 @@ def options_of(matrix: Matrix, schemes: Sequence[Scheme]) -> list[Option]:
 def _errors(matrix: Matrix, plain: Scheme, cut_off: int) -> tuple[float, Tensor, Callable[[Scheme], float]]:
     """The error with exact scales, what a correction's directions take of it, and what other scales add.
 
-    For that, so many entries of a block may be cut off by a scale that was rounded down.
+    ``cut_off`` is how many entries of a block a scale that was rounded down may clip.
     """
     W, storage = matrix.weight, BlockStorage(plain)
     packed = storage.pack(W)
@@ -105,7 +105,7 @@ def _errors(matrix: Matrix, plain: Scheme, cut_off: int) -> tuple[float, Tensor,
     value = in_blocks(worth, plain.block).gather(1, where)
 
     def add(scheme: Scheme) -> float:
-        """What is within a moved scale is rounded on a moved grid; what is beyond is cut off."""
+        """Entries within a rounded scale are rounded on a stretched grid; entries beyond it are clipped."""
         if scheme.scale_bits == 32:
             return 0.0
         moved = BlockStorage(scheme).read_scales(packed["scales"]).abs()

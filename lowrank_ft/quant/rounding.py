@@ -1,4 +1,4 @@
-"""Rounding that makes up for its errors in columns that are still to be rounded."""
+"""Rounding with error feedback: later columns compensate for the errors of earlier ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_ft import solve
 
-_WIDTH = 64  # columns whose feedback is added one by one; that of earlier ones comes as one product
+_WIDTH = 64  # columns that exchange feedback one by one; feedback from earlier columns is one matrix product
 
 
 @dataclass(frozen=True)

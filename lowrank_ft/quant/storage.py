@@ -57,7 +57,7 @@ class Storage(ABC):
 
         Args:
             matrix: ``(rows, columns)``, any float dtype; computed with in float32.
-            feedback: makes up for rounding errors in later columns; rounds to nearest without.
+            feedback: compensates for rounding errors in later columns; None rounds to nearest.
 
         Raises:
             NonFiniteError: NaN or infinite entries.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_ft.errors import ConfigError
 
-Handle = Mapping[str, Tensor]  # what was worked out for a site's options and is wanted again for its values
+Handle = Mapping[str, Tensor]  # tensors that options() computed and values() needs again
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,14 @@ class Option:
 
     Attributes:
         rank: of its factors, or what remains of the group's inner width; None leaves it as it is.
-        size: what it costs of the budget (parameters, or bytes).
+        size: its share of the budget (parameters, or bytes).
         loss: the predicted rise of the model's loss, in nats per token where the method predicts it, else an
             error that compares the options of one layer; 0 for a dense layer.
         ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
             divides over the widths of a group that has several.
         scheme: how its weights are stored, where they are quantised: any hashable value.
-        measured: what it really does to the model's output, in nats per token, where that was measured.
+        measured: the divergence of the model's output with this option alone, in nats per token; None where
+            it was not measured.
         handle: tensors by name, shared by all options of a site, from which its values are made without
             decomposing anything again.
     """
@@ -50,7 +51,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
 
     Args:
         options: for each layer, at least one; the smallest of all must fit together.
-        budget: what the sizes may add up to.
+        budget: the most that the sizes may add up to.
 
     Raises:
         ConfigError: the smallest options are above the budget.
@@ -68,7 +69,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
     for _, name, high in sorted(steps, key=lambda step: -step[0]):
         cost = high.size - chosen[name].size
         if name in full or cost > left:
-            full.add(name)  # its later steps start from this one
+            full.add(name)  # its later steps would start from this one
             continue
         chosen[name], left = high, left - cost
     return _fill(options, chosen, left)
@@ -108,7 +109,8 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
     if found.x is None:
         raise ConfigError(f"HiGHS found no solution ({found.message}): use solver='lagrangian'.")
     chosen = {flat[i][0]: flat[i][1] for i, x in enumerate(found.x) if x > 0.5}
-    over = sum(option.size for option in chosen.values()) > budget  # by HiGHS's tolerance of the constraint
+    # HiGHS keeps the constraint within a tolerance only.
+    over = sum(option.size for option in chosen.values()) > budget
     return relaxed if over else chosen
 
 
@@ -133,7 +135,7 @@ def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[s
 
 
 def undominated(choices: Sequence[Option]) -> list[Option]:
-    """Return the options of which none is both as small and as good as another, from the smallest up."""
+    """Return the options that no other option beats in size and in loss, from the smallest up."""
     found: list[Option] = []
     for option in sorted(choices, key=lambda o: (o.size, o.loss)):
         if not found or option.loss < found[-1].loss:
@@ -193,7 +195,7 @@ def uniform(
     left = budget - sum(option.size for option in chosen.values())
     if left < 0:
         raise ConfigError(f"The budget of {budget:,} is below the least these layers can have.")
-    # Hand the rounding back, one step at a time, to those that lost most of theirs.
+    # Spend what rounding left of the budget: widen first the layers furthest below their target.
     behind = sorted(options, key=lambda name: chosen[name].size - target[name])
     moved = True
     while moved:
@@ -249,8 +251,8 @@ def keep_by_entropy(
 ) -> dict[int, float]:
     """Return the share that each block keeps: ``1 − c · softmax(−s/ε)``, with c such that the budget is met.
 
-    The paper's equation 10, ``φ = L φ̄ softmax(−s/ε)``, can ask a block for more than it has; what is cut off
-    there is asked of the others.
+    The paper's equation 10, ``φ = L φ̄ softmax(−s/ε)``, can remove more from a block than it has; the excess
+    is removed from the other blocks.
 
     Args:
         influence: s by block.
@@ -275,7 +277,7 @@ def keep_by_entropy(
     clipped = torch.zeros(len(blocks), dtype=torch.bool)
     while True:
         rest = remove - float((most * size)[clipped].sum())
-        if not (weights * size)[~clipped].sum() > 0:  # a tiny ε leaves nothing but the clipped ones
+        if not (weights * size)[~clipped].sum() > 0:  # with a tiny ε only clipped blocks have any weight
             weights = torch.ones_like(weights)
         phi = torch.where(clipped, most, rest / (weights * size)[~clipped].sum() * weights)
         over = (phi > most) & ~clipped

@@ -1,4 +1,4 @@
-"""Columns of a matrix: which of them to keep, and what the others cost."""
+"""Columns of a matrix: which to keep, and the error of leaving the others out."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def pivoted_order(C: Tensor) -> Tensor:
 
 
 def elimination_order(C: Tensor, K: Tensor, step: int = 16) -> Tensor:
-    """Return columns by what leaving them out costs, the dearest first, by backward elimination.
+    """Return columns in descending order of what leaving them out costs, by backward elimination.
 
     With the columns J that remain refitted by least squares, leaving j out as well raises
     ``tr(K (C − C[:,J] C[J,J]⁻¹ C[J,:]))`` by ``Q_jj / P_jj``, where ``P = C[J,J]⁻¹`` and ``Q = Tᵀ G T`` for
-    the refitted weight ``T`` (the optimal-brain-surgeon formula; Hassibi and Stork 1993). The cheapest
-    ``step`` columns go at a time, and P and Q are brought up to date.
+    the refitted weight ``T`` (the optimal-brain-surgeon formula; Hassibi and Stork 1993). In each step the
+    ``step`` cheapest columns are removed, and P and Q are updated.
 
     Args:
         C: second moment of the columns, ``(n, n)``, float64.

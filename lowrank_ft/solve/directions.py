@@ -89,7 +89,7 @@ def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Te
         return block.T
 
     found = None
-    if math.prod(factor.spread for factor in factors) > 1e-10:  # so that it has six digits at the least
+    if math.prod(factor.spread for factor in factors) > 1e-10:  # which leaves at least six correct digits
         found = krylov(inverse, min(W.shape), rank, W.device)
     if found is None:
         return _last_of_all(W, C, rank, squared)

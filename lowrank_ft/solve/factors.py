@@ -141,7 +141,7 @@ class Decomposition:
 
 
 class Conditioning(NamedTuple):
-    """What a root took: see :class:`~lowrank_ft.solve.symmetric.Root`."""
+    """The ridge, condition and method of a :class:`~lowrank_ft.solve.symmetric.Root`."""
 
     ridge: float
     condition: float
@@ -159,7 +159,7 @@ class Cut:
         tall: whether the directions are those on the side of the inputs.
         away: ``L V``, for V the leading vectors and L the root; V itself without a root.
         back: ``L⁻ᵀ V``, likewise.
-        root: what the root took; None where none was needed.
+        root: how the root was computed; None where none was needed.
     """
 
     weight: Tensor
@@ -196,7 +196,7 @@ class Cut:
 
         Args:
             weight: ``(out, in)``, any float dtype.
-            tensors: what :meth:`tensors` returned, and maybe more.
+            tensors: a mapping that contains what :meth:`tensors` returned.
             prefix: before the names.
         """
         energies, total, back = (
@@ -228,7 +228,7 @@ def decompose(
         G: second moment of the output's gradient, ``(out, out)``; None for the identity.
         WtGW: ``Wᵀ G W``, ``(in, in)``, instead of G.
         ridge: the smallest ridge on G (or, in ``Wᵀ G W``, on the identity it stands for).
-        rank: only so many leading directions are wanted: a randomised solver may find them.
+        rank: compute only this many leading directions, for which a randomised solver may be used.
 
     Raises:
         NonFiniteError: a moment with NaN or infinite entries.
@@ -236,7 +236,7 @@ def decompose(
     """
     W = weight.double()
     out_features, in_features = W.shape
-    # Where only Wᵀ G W is given, its side of the product is the only one that can be formed.
+    # From Wᵀ G W alone only the Gram matrix on the side of the inputs can be formed.
     tall = out_features > in_features or (WtGW is not None and G is None)
     root = None
     if tall:
@@ -280,7 +280,7 @@ def gram_under(
 
 
 def _mean_gradient(WtGW: Tensor, W: Tensor) -> float:
-    """The mean of diag G as far as ``Wᵀ G W`` tells: exact where G is a multiple of the identity."""
+    """Estimate the mean of diag G from ``Wᵀ G W``: exact where G is a multiple of the identity."""
     return float(WtGW.trace() / (W * W).sum())
 
 

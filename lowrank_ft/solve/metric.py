@@ -1,4 +1,4 @@
-"""A two-sided metric: what weighs the errors of a matrix, and the best low-rank correction under it."""
+"""A two-sided metric that weighs the errors of a matrix, and the best low-rank correction under it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank_ft.solve.symmetric import GRADIENT_RIDGE, Root, factor_spd
 
 _OVERSAMPLING = 8
 _STEPS = 12
-_SETTLED = 1e-3  # relative gain of the captured energy below which another step is not worth its products
+_SETTLED = 1e-3  # stop when a step raises the captured energy by a smaller share than this
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Metric:
     Attributes:
         left: ``(out,)``, a diagonal, or ``(out, out)``; None for the identity.
         right: ``(in,)`` or ``(in, in)``, likewise.
-        unit: what one squared weighted unit is worth.
+        unit: factor on the squared weighted error.
         WtGW: ``Wᵀ G W``, ``(in, in)``, of the weight W that errors are measured from, where it is known and
             the left side G is not; only :func:`~lowrank_ft.solve.factors.decompose` reads it.
     """
@@ -42,7 +42,7 @@ class Metric:
         return self.unit * max(float((left * right).sum(dtype=torch.float64)), 0.0)
 
     def densities(self, shape: torch.Size) -> Tensor:
-        """Return what the squared error of each entry alone is worth, ``(out, in)``, float32."""
+        """Return the weight of each entry's squared error, taken alone, ``(out, in)``, float32."""
         rows, columns = (_diagonal(side) for side in (self.left, self.right))
         total = torch.full(shape, self.unit, device=_device(self.left, self.right))
         if rows is not None:

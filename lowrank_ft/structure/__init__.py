@@ -1,1 +1,1 @@
-"""Nodes as data: what can stand in a model, and the registries that it is looked up in."""
+"""Nodes, which describe replaced modules as plain data, and the registries of methods and node kinds."""

@@ -1,4 +1,4 @@
-"""Structure as data: nodes say what stands where in a model, as plain JSON.
+"""Structure as data: for each replaced module a node that describes it, as plain JSON.
 
 A manifest maps module names to nodes. Building it on a fresh model (on the ``meta`` device, say) gives
 modules with the right shapes and no values; the values come from safetensors. No method's mathematics runs
@@ -35,7 +35,7 @@ def describe(model: nn.Module) -> Manifest:
 def replacements(model: nn.Module) -> dict[str, Replacement]:
     """Return the outermost replaced modules of ``model`` by name, in module order.
 
-    A container and what it holds both count.
+    Of a container both it and the replaced modules inside it are returned.
     """
     found: dict[str, Replacement] = {}
     outermost = None

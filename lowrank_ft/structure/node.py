@@ -21,13 +21,13 @@ class Node(ABC):
 
     @abstractmethod
     def build(self, module: nn.Module, name: str = "") -> nn.Module:
-        """Return the module this node describes, to stand where ``module`` stands now.
+        """Return the module that this node describes, which will replace ``module``.
 
         Shapes, device and dtype follow ``module``, which may be on ``meta``; values are left undefined.
         Must not change ``module``.
 
         Args:
-            module: what stands there.
+            module: the module that will be replaced.
             name: its name in the stock model.
         """
 

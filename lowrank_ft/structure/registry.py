@@ -36,7 +36,7 @@ ENTRY_POINT_GROUP = "lowrank_ft.methods"
 
 
 class Registry(Generic[T], Mapping[str, T]):
-    """A mapping of names to classes that refuses duplicates and knows the nearest name."""
+    """A mapping of names to classes that refuses duplicates, and suggests the nearest name in errors."""
 
     def __init__(self, what: str, populate: Callable[[], None]) -> None:
         self._what = what

@@ -1,4 +1,4 @@
-"""The base class of every module that stands where a stock one stood."""
+"""The base classes of all modules that replace stock ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_ft.structure.node import DenseNode, Node
 
 
 class Replacement(nn.Module):
-    """A module that the engine put in place of a stock one.
+    """A module that replaces a stock one.
 
     It carries a zero-length buffer under the stock name ``weight``. Code that would read the weight past
     this module (a stock ``from_pretrained`` of our checkpoint, a model that calls ``F.linear`` on a child's
@@ -23,13 +23,13 @@ class Replacement(nn.Module):
     weight: Tensor
 
     def __init__(self, like: Tensor | None = None) -> None:
-        """Create the marker with the dtype and device of ``like``, which callers do read."""
+        """Create the marker with the dtype and device of ``like``: models read those of a child's weight."""
         super().__init__()
         self.register_buffer("weight", torch.empty(0) if like is None else like.detach().new_empty(0))
 
     @abstractmethod
     def structure(self) -> Node:
-        """Return the node that describes this module, read off the module itself."""
+        """Return the node that describes this module, computed from the module."""
 
     def view(self) -> Any:
         """Return this module as a :class:`~lowrank_ft.modules.layer.Layer`, or None where it is none."""
@@ -49,14 +49,14 @@ class Factored(Replacement):
 
 
 class Container(Replacement):
-    """A replacement that stands around modules which keep their names, and are replaced one by one.
+    """A replacement for a module whose children keep their names and are replaced one by one.
 
-    It has no tensors of its own. What it does not know it asks of the stock module's shell, a copy without
-    weights.
+    It has no tensors of its own. Unknown attributes are looked up on ``_shell``, a weightless copy of the
+    stock module.
     """
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)  # no marker: those of its children do
+        nn.Module.__init__(self)  # no marker: its children have their own
 
     @abstractmethod
     def dense(self) -> nn.Module:
