@@ -98,8 +98,8 @@ class CompressorConfig(MethodConfig):
         """Return how many parameters the targeted layers may keep.
 
         Args:
-            targeted: how many they have.
-            counts: the model's.
+            targeted: how many parameters they have.
+            counts: the parameters of the model.
 
         Raises:
             ConfigError: they have fewer than are to be removed.
@@ -154,7 +154,7 @@ class Share:
         ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
             divides over the widths of a group that has several.
         scheme: how the site's weights are stored, where they are quantised.
-        handle: what :meth:`Method.options` worked out for :meth:`Method.values`; empty where it kept nothing.
+        handle: tensors that :meth:`Method.options` computed for :meth:`Method.values`; may be empty.
     """
 
     rank: int | None = None
@@ -226,7 +226,7 @@ class Method(ABC, Generic[ConfigT]):
         return frozenset()
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return what may become of one site, of which :meth:`choose` takes one; none by default.
+        """Return the options of one site, of which :meth:`choose` takes one; none by default.
 
         The engine calls it for one site after another, or for several at once in threads, keeps the answer
         in the calibration cache, and drops the site's statistics afterwards. So it looks at nothing but its
@@ -269,10 +269,10 @@ class Method(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
-        """Return what is to stand at each name of the site. Pure: reads geometry, never values."""
+        """Return for each name of the site the node of its replacement. Pure: reads shapes, never values."""
 
     def deltas(self, site: Site, share: Share) -> Mapping[str, DeltaNode]:
-        """Return adapters that are to stand on what :meth:`structure` leaves; none by default.
+        """Return adapters to put on the modules of :meth:`structure`; none by default.
 
         For a method that makes both at once. The engine puts them together under the adapter's name.
         """
@@ -287,8 +287,8 @@ class Method(ABC, Generic[ConfigT]):
             site: the site.
             new: the modules to fill, by name.
             statistics: what :meth:`needs` asked for, by layer name.
-            handle: the chosen option's, where it has one: what was worked out on these same statistics. None
-                where the statistics are others (sequential calibration), so that all is worked out again.
+            handle: the chosen option's, computed from these same statistics. None where the statistics have
+                changed since (sequential calibration): everything is then computed again.
 
         Returns:
             Facts for the report, plain data, or None.

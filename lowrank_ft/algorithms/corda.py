@@ -33,7 +33,7 @@ from lowrank_ft.structure.registry import register_method
 
 @dataclass(frozen=True)
 class CorDA(LoRAOptions):
-    """CorDA: a LoRA that starts where a text's energy is, or where it is not."""
+    """CorDA: a LoRA that starts in the directions that a text uses most, or least."""
 
     mode: Literal["knowledge", "instruction"] = "instruction"
     """"instruction": start in the directions that the calibration text (the task's own) uses most;
@@ -59,7 +59,7 @@ class CorDA(LoRAOptions):
 
 @register_method
 class CorDAMethod(Method[CorDA]):
-    """LoRA with a start made from a text."""
+    """LoRA with a start that is computed from a text."""
 
     name = "corda"
     family = Family.ADAPTER
@@ -130,7 +130,7 @@ class CorDAMethod(Method[CorDA]):
         if self.config.factors == "balanced":
             factors = factors.balanced()
         else:
-            zero = 1e-14 * float(weight.norm() * C.norm())  # what rounding alone makes of a zero
+            zero = 1e-14 * float(weight.norm() * C.norm())  # a zero up to rounding
             if S[-1] <= zero:
                 raise ConfigError(
                     f"The second moment of the input of {site.names[0]} is singular, where factors='paper' "
@@ -182,7 +182,7 @@ def spread(spectra: Sequence[Tensor], prices: Sequence[int], budget: int, *, sma
     ranks, closed = [1] * len(spectra), set()
     for _, i in sorted(offers):
         if i in closed or prices[i] > left:
-            closed.add(i)  # its later directions start from this one
+            closed.add(i)  # its later directions would come after this one
             continue
         ranks[i] += 1
         left -= prices[i]

@@ -6,7 +6,7 @@ starts at zero, so that at first nothing but its few numbers has a gradient. Our
 output channels' factor at zero, as a LoRA does, which learns faster (docs/flora.md).
 
 On a linear layer, ``ΔW = s · U_out G U_inᵀ`` reaches what a LoRA of the smaller of its two ranks reaches, and
-no more. It earns its place on convolutions.
+no more. It pays on convolutions.
 
 It also leaves a mode whole, without a factor, where its rank would be its size: a square factor adds
 nothing that the core cannot do. ``full_modes="factor"`` has square factors, as the paper.
@@ -239,7 +239,8 @@ class Work:
         core = math.prod(core_shape(list(shape.values()), ranks))
         kernel = math.prod(shape.values()) // (shape["out"] * shape["in"])
         channels = math.prod((rank[m] or shape[m]) for m in ("out", "in"))
-        tiled = 1 if rank[layer.modes[0]] is None else layer.groups  # a whole mode has all groups in it
+        # A mode without a factor contains all groups.
+        tiled = 1 if rank[layer.modes[0]] is None else layer.groups
         factored = middle * channels * kernel * tiled
         factored += before * layer.module.in_channels * (rank["in"] or 0)
         factored += after * layer.module.out_channels * (rank["out"] or 0)

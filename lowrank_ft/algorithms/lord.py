@@ -1,4 +1,4 @@
-"""LoRD: every layer becomes two thin factors, chosen by what the layer's outputs are on real data.
+"""LoRD: every layer becomes two thin factors that preserve the layer's outputs on real data.
 
 With ``μ = E[x]`` and ``C = E[(x − μ)(x − μ)ᵀ]``, the factors minimise ``‖(W − B A) C^½‖_F`` and the bias
 takes the mean, ``b' = b + (W − B A) μ``. For ``U`` the leading eigenvectors of the outputs' covariance
@@ -46,7 +46,7 @@ Objective = Literal["loss", "output", "weight"]
 
 @dataclass(frozen=True)
 class LoRD(CompressorConfig):
-    """LoRD: replace layers by two thin factors that keep what their outputs do on real data."""
+    """LoRD: replace layers by two thin factors that preserve their outputs on real data."""
 
     objective: Objective = "loss"
     """What to keep: the model's loss (one backward pass), the layers' outputs (the paper), or the weights
@@ -86,7 +86,7 @@ class LoRDMethod(Method[LoRD]):
         return needs_of(self.config.objective)
 
     def check(self, site: Site) -> None:
-        """Refuse what cannot become two factors."""
+        """Refuse layers that cannot be factored."""
         layer = layer_of(site.modules[0], site.names[0])
         if not supports_low_rank(layer):
             raise TargetError(
@@ -130,7 +130,7 @@ class LoRDMethod(Method[LoRD]):
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any]:
-        """Fill the factors and the bias, and report what they leave."""
+        """Fill the factors and the bias, and return their errors."""
         layer, known, module = layer_of(site.modules[0]), statistics.get(site.name), new[site.name]
         centers = self._centers(layer)
         if handle:
@@ -156,7 +156,7 @@ class LoRDMethod(Method[LoRD]):
 
 
 def needs_of(objective: Objective) -> frozenset[Need]:
-    """Return what an objective looks at: nothing for the weights; inputs; gradients too for the loss."""
+    """Return the statistics of an objective: none for the weights, inputs, and for the loss gradients too."""
     needs: dict[str, set[Need]] = {
         "weight": set(),
         "output": {Need.INPUT},
@@ -224,7 +224,7 @@ def rank_options(
         centers: whether its bias takes the mean, so that it needs one.
         align: ranks are multiples of this.
         min_saving: the least share of its parameters that must go.
-        worth: nats for one unit of the squared weighted error.
+        worth: predicted nats for one unit of the squared weighted error.
     """
     rows, columns, dense = layer.out_features, layer.in_features, size_of(layer)
     bias = rows if layer.bias is not None or centers else 0
@@ -242,11 +242,11 @@ def rank_options(
 def fill(
     module: LowRank, layer: Layer, known: SiteStatistics | None, found: Cut, *, centers: bool
 ) -> dict[str, Any]:
-    """Fill two factors and their bias with the best of their rank, and report what they leave.
+    """Fill two factors and their bias with the best of their rank, and return their errors.
 
     Args:
         module: to be filled.
-        layer: what it stands for.
+        layer: the layer that they replace.
         known: the layer's moments; None for plain SVD.
         found: its leading directions, as many as the rank or more.
         centers: whether the bias takes the mean.
@@ -282,7 +282,7 @@ def fill(
 def output_error(weight: Tensor, difference: Tensor, C: Tensor) -> float:
     """Return the relative error of a layer's outputs, bias apart: ``‖ΔW C^½‖ / ‖W C^½‖``."""
     C = C.to(weight.device)
-    error = max(solve.weighted_error(difference, C), 0.0)  # by rounding below zero, where C is singular
+    error = max(solve.weighted_error(difference, C), 0.0)  # rounding can make it negative where C is singular
     return math.sqrt(error / max(solve.weighted_error(weight, C), 1e-300))
 
 

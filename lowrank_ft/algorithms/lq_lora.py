@@ -48,7 +48,7 @@ from lowrank_ft.solve.metric import Metric
 from lowrank_ft.structure.registry import register_method
 
 
-# Of a class with two parents, jsonargparse looks all of its fields' types up in this module.
+# jsonargparse looks up the types of all inherited fields in this module, which is why they are imported.
 @dataclass(frozen=True)
 class LQLoRA(QuantizeOptions, LoRAOptions):
     """LQ-LoRA: quantised weights, and a LoRA that starts as their correction."""
@@ -184,7 +184,7 @@ def split(
     tolerance: float = 1e-3,
     paper: bool = False,
 ) -> Split:
-    """Return the best split of a matrix that the turns find.
+    """Return the best split of a matrix over all turns.
 
     Args:
         W: ``(out, in)``, float32.

@@ -59,7 +59,7 @@ from lowrank_ft.structure.registry import register_method
 
 @dataclass(frozen=True)
 class MoDeGPT(CompressorConfig):
-    """MoDeGPT: MLPs lose channels, attention heads lose dimensions, each in its own optimal way."""
+    """MoDeGPT: MLPs lose channels, attention heads lose dimensions, each by its own decomposition."""
 
     recipe: Literal["loss", "paper"] = "loss"
     """Spend the budget by predicted loss (one backward pass), or as published: leverage scores, outputs of
@@ -106,7 +106,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         return frozenset({Need.INPUT, Need.OUTPUT_GRADIENT} if by_loss else {Need.INPUT})
 
     def sites(self, model: nn.Module, chosen: list[Site]) -> list[Site]:
-        """Group the targeted layers by module; layers of no module stay sites of their own.
+        """Group the targeted layers by module; other layers are sites of their own.
 
         Raises:
             TargetError: no layout for the model's family; a module of which only a part is targeted.
@@ -148,7 +148,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
                 )
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return what can become of a site: as it is, resized, or its layers factored one by one."""
+        """Return the options of a site: unchanged, resized, or its layers factored one by one."""
         config, dense = self.config, size_of(site)
         options, handle = [Option(None, dense, 0.0)], dict[str, Tensor]()
         if site.role in GROUPS:
@@ -196,7 +196,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any]:
-        """Fill what :meth:`structure` led to, and report what it leaves; of factors, by layer."""
+        """Fill the modules of :meth:`structure`, and return their errors; those of factors by layer."""
         if not any(isinstance(module, LowRank) for module in new.values()):
             return GROUPS[site.role](site).fill(new, statistics, self.config, handle)
         facts = {}

@@ -1,4 +1,4 @@
-"""The modules that MoDeGPT cuts: what each can become, what that costs, and how it is done."""
+"""The groups of layers that MoDeGPT resizes: the options of each, and how its new layers are filled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lowrank_ft.structure.node import Node
 
 
 class Cutting(Protocol):
-    """What a group must know of the options of :class:`~lowrank_ft.algorithms.modegpt.MoDeGPT`."""
+    """The fields that a group reads of :class:`~lowrank_ft.algorithms.modegpt.MoDeGPT`."""
 
     @property
     def recipe(self) -> Literal["loss", "paper"]:
@@ -58,7 +58,7 @@ def groups_of(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the groups that a layer is in, each with the names of all its members that the model has.
 
-    The last one named is the one that leads out of the group.
+    The last name is that of the layer whose output leaves the group.
     """
     mlp = layouts.mlp_of(layout, name, modules)
     if mlp:
@@ -81,7 +81,7 @@ _WHOLE: Ranks = {}
 
 
 class Group(ABC):
-    """One module with an inner width: what it can be cut to, what that costs, and how it is done."""
+    """A group of layers with an inner width: its options, and how its resized layers are filled."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -90,14 +90,14 @@ class Group(ABC):
         self.place: dict[str, Any] = {"device": self.layers[0].weight.device}
 
     def known(self, statistics: Statistics, name: str) -> SiteStatistics:
-        """Return what is known of a layer, on the layer's device."""
+        """Return the statistics of a layer, on the layer's device."""
         found = statistics[name]
         tensors = {what: getattr(found, what) for what in ("C", "mean", "G", "WtGW", "G_q", "G_k")}
         return replace(found, **{k: t.to(**self.place) for k, t in tensors.items() if t is not None})
 
     @abstractmethod
     def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
-        """Return what stands at each name when so much of the inner width remains.
+        """Return the nodes of the group's layers for a reduced inner width.
 
         Args:
             rank: the width that remains.
@@ -108,7 +108,7 @@ class Group(ABC):
     def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
         """Return every aligned width below the present one, with its predicted loss.
 
-        All have one handle, with what :meth:`fill` needs again.
+        All options share one handle, with the tensors that :meth:`fill` needs again.
         """
 
     @abstractmethod
@@ -150,7 +150,7 @@ def _matrix(layer: Layer) -> Tensor:
 
 
 def _pulled(layer: Layer, known: SiteStatistics, config: Cutting) -> Tensor:
-    """``Wᵀ G W``, G with its ridge; G is the identity where outputs count alike."""
+    """``Wᵀ G W``, G with its ridge; G is the identity in the paper's recipe."""
     if config.recipe == "paper":
         return solve.gram_under(_matrix(layer))
     return solve.gram_under(_matrix(layer), known.G, known.WtGW, solve.GRADIENT_RIDGE)
@@ -351,7 +351,7 @@ class QueryKey(Heads):
         return solve.with_ridge(known.G, solve.GRADIENT_RIDGE * float(known.G.diagonal().mean()))
 
     def _by_unit(self, matrix: Tensor) -> Tensor:
-        """Add up the rows and columns of each unit, over the heads of a group."""
+        """Sum the rows and columns of each unit, over the query heads of a key head."""
         rows = torch.arange(len(matrix), **self.place)
         heads = rows // (len(matrix) // self.key_heads)
         S = matrix.new_zeros(len(matrix), self.key_heads * self.units)
@@ -409,7 +409,7 @@ class ValueOutput(Heads):
         W, C = _matrix(self.o) @ back, T @ self._output_moment(known) @ T.T
         first = torch.arange(self.width, **self.place) < rank
         rows, columns = (first.repeat(heads).nonzero().flatten() for heads in (self.key_heads, self.heads))
-        # Each key head's T stands once for every query head of its group.
+        # T repeats each key head's basis for every query head of its group.
         own = _diagonal_blocks(T, self.heads)[:: self.group, :rank]
         new[self.names[0]].fill(_block_diagonal(own) @ _matrix(self.v), rows=rows)
         out = solve.nystrom_refit(W, C, columns)[0] if config.recipe == "loss" else W[:, columns]
@@ -463,7 +463,7 @@ class ValueOutput(Heads):
             N = V @ self.known(statistics, self.names[0]).C @ V.mT
         forward, backward = [], []
         for n, k in zip(N, K, strict=True):
-            if not n.trace() > 0:  # a head that was pruned: any basis will do
+            if not n.trace() > 0:  # this head was pruned: any basis will do
                 n = torch.eye(self.width, dtype=n.dtype, device=n.device)
             root = solve.factor_spd(n)
             _, A = solve.eigenpairs(root.lower.T @ k @ root.lower, self.width)
@@ -538,7 +538,7 @@ class FusedAttention(Group):
             pairs = combined({QK: [whole[0], *qk], VO: [whole[1], *vo]})
             ranks = [{QK: self.width, VO: self.width, **pair.ranks} for pair in pairs]
             losses = [pair.loss for pair in pairs]
-        else:  # what either leaves out is measured on a scale of its own: the same width for both
+        else:  # the two errors cannot be compared, so both get the same width
             widths = [a.rank for a in qk if a.rank in {b.rank for b in vo}]
             ranks = [{QK: cast(int, rank), VO: cast(int, rank)} for rank in widths]
             losses = [0.0] * len(ranks)
@@ -568,7 +568,7 @@ class FusedAttention(Group):
         known, ranks = self._known(statistics), self._ranks(new)
         nodes = self._nodes(ranks)
         built: dict[str, Any] = {name: nodes[name].build(part) for name, part in self.parts.items()}
-        for name, part in self.parts.items():  # what is whole stays as it is; the rest is filled below
+        for name, part in self.parts.items():  # an uncut part is copied here; cut parts are filled below
             if built[name].rows is None:
                 built[name].fill(layer_of(part).matrix(), layer_of(part).bias)
         facts: dict[str, Any] = {"tokens": known["q"].tokens}
@@ -611,7 +611,7 @@ def _within(handle: Handle | None, role: str) -> Handle | None:
 
 
 def _part(layer: Layer, rows: Tensor) -> nn.Module:
-    """Some outputs of a layer as a layer of their own, on the same memory."""
+    """Some outputs of a layer as a separate layer that shares its memory."""
     first, count = int(rows[0]), len(rows)
     bias = None if layer.bias is None else layer.bias.detach().narrow(0, first, count)
     return stock_linear("linear", layer.matrix().detach().narrow(0, first, count), bias)

@@ -157,7 +157,7 @@ class QuantizerMethod(Method[Any]):
         return 0
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return what a site may become under a budget, with its predicted cost; nothing without a budget."""
+        """Return a site's schemes and ranks, with predicted losses; nothing without a budget."""
         if self.config.budget is None:
             return []
         schemes = program.grid(self.config.scheme, self.config.grid)
@@ -223,7 +223,7 @@ class QuantizerMethod(Method[Any]):
         return {site.names[0]: _stored(module, share.scheme)}
 
     def feedback(self, known: SiteStatistics | None, device: torch.device) -> Feedback | None:
-        """Return what makes up for rounding errors, where the options ask for it."""
+        """Return the error feedback for rounding, if the options ask for it."""
         if self.config.rounding == "nearest":
             return None
         assert known is not None
@@ -242,7 +242,7 @@ class NFMethod(QuantizerMethod):
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any]:
-        """Store the weights, and report what that leaves."""
+        """Store the weights, and return their errors."""
         (name,), (module,) = site.names, site.modules
         known = statistics.get(name)
         targets = [new[name].first, new[name].second] if isinstance(module, LowRank) else [new[name]]
@@ -283,7 +283,7 @@ def metric_of(known: SiteStatistics | None, objective: Weighing, device: torch.d
 
 
 def leaves(module: nn.Module, known: SiteStatistics | None) -> list[tuple[nn.Module, SiteStatistics | None]]:
-    """Return the layers that hold a site's weights, with what is known of each: of factors, both.
+    """Return the layers that hold a site's weights, with their statistics; of a factored layer both factors.
 
     With ``W = B A``: the second factor sees ``A x``, of second moment ``A C Aᵀ``; the first factor's output
     has the gradient ``Bᵀ g``, of second moment ``Bᵀ G B``. The Fisher matrix's means are not known there.
@@ -320,8 +320,8 @@ def facts(
     """Return what the report says of a stored site.
 
     Args:
-        site: what stood there.
-        read: the matrix that stands for it now.
+        site: the layer before.
+        read: the matrix that is read from storage now.
         stored: its quantised layers.
         known: the layer's moments.
     """
@@ -347,7 +347,7 @@ _TENSORS = ("codes", "levels", "scales", "supers", "offset", "weight", "parts.de
 
 
 def _headers(sites: Sequence[Site], counts: Counts) -> int:
-    """An upper bound of what a safetensors file says of its tensors: names, types, shapes and places."""
+    """An upper bound of the bytes of a safetensors file's header: names, types, shapes and offsets."""
     places = 2 * len(str(counts.bytes))
     packed = sum(
         len(name) + len(tensor) + 90 + places for site in sites for name in site.names for tensor in _TENSORS

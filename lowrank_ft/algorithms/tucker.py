@@ -46,7 +46,7 @@ from lowrank_ft.structure.registry import register_method
 
 @dataclass(frozen=True)
 class Tucker(CompressorConfig):
-    """Tucker: replace convolutions by smaller ones in a row that keep what their outputs do on real data."""
+    """Tucker: replace each convolution by a chain of smaller ones that preserves its outputs on real data."""
 
     objective: Objective = "loss"
     """What to keep: the model's loss (one backward pass), the layers' outputs, or the weights themselves
@@ -74,7 +74,7 @@ class TuckerMethod(Method[Tucker]):
         return lord.needs_of(self.config.objective)
 
     def check(self, site: Site) -> None:
-        """Refuse what cannot become smaller convolutions."""
+        """Refuse layers that cannot be decomposed."""
         layer = layer_of(site.modules[0], site.names[0])
         if not supports_tucker(layer):
             groups = getattr(layer.module, "groups", 1)
@@ -156,7 +156,7 @@ class TuckerMethod(Method[Tucker]):
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any]:
-        """Fill the factors, and report what they leave."""
+        """Fill the factors, and return their errors."""
         (name,) = site.names
         layer, known = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(name)
         module = cast(TuckerConv, new[name])
@@ -197,8 +197,8 @@ class TuckerMethod(Method[Tucker]):
             return None, core, inner
         if node.rank_in is None:
             both = self._cut("out", layer, known, node.rank_out, handle).truncate(node.rank_out)
-        else:  # another matrix than the options were made from: what the inner factor left
-            WtGW = metric.WtGW if metric.left is None else None  # G says more, where it is known
+        else:  # behind the inner factor there is a new matrix, which the options did not decompose
+            WtGW = metric.WtGW if metric.left is None else None  # G is more exact, where it is known
             both = solve.decompose(
                 core.flatten(1), metric.right, metric.left, WtGW=WtGW, ridge=solve.GRADIENT_RIDGE
             ).truncate(node.rank_out)
@@ -309,7 +309,7 @@ def by_channel(moment: Tensor, kernel: int) -> Tensor:
 
 
 def has_inner(layer: ConvLayer) -> bool:
-    """Whether a 1×1 convolution in front can pay: not for a kernel of one, nor for few inputs."""
+    """Whether a 1×1 convolution in front can save parameters: not for 1×1 kernels, nor for few inputs."""
     return layer.weight[0, 0].numel() > 1 and layer.out_features <= layer.in_features
 
 

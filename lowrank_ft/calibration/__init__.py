@@ -1,1 +1,1 @@
-"""Statistics of a model's layers on data: what compressors and data-made starts are computed from."""
+"""Statistics of a model's layers on data, from which compressors and data-dependent starts are computed."""

@@ -1,4 +1,4 @@
-"""What is summed up at one layer in a backward pass: one small class for each statistic."""
+"""Accumulators of one layer in a backward pass: one small class for each statistic."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Accumulator(Protocol):
     """Sums up one statistic of one layer."""
 
     def add(self, arrival: Arrival) -> None:
-        """Take one batch in."""
+        """Add one batch."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the statistic by quantity (see :class:`~lowrank_ft.calibration.statistics.SiteStatistics`).

@@ -15,7 +15,9 @@ from lowrank_ft.calibration import texts as reading
 from lowrank_ft.errors import ConfigError
 
 Batch = dict[str, Tensor]
-Loss = Callable[[nn.Module, Batch, Any], Tensor]  # of the model, a batch, and what the model made of it
+Loss = Callable[
+    [nn.Module, Batch, Any], Tensor
+]  # arguments: the model, a batch, and the model's output for it
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Source:
-    """What a caller gives a method to look at.
+    """The calibration data that a caller passes, and how to read it.
 
     Attributes:
         data: calibration data, as :func:`prepare` takes it; None for none.
@@ -80,8 +82,8 @@ def prepare(data: Any, tokenizer: Any, settings: Calibration) -> list[Batch]:
         settings: how many sequences, how long.
 
     Raises:
-        ConfigError: no data, none that is understood, data that can be read only once, or no tokenizer where
-            one is needed.
+        ConfigError: no data, data of an unknown kind, data that can be read only once, or texts without a
+            tokenizer.
     """
     if data is None:
         raise ConfigError(
@@ -128,7 +130,7 @@ def _from_texts(texts: Sequence[str], tokenizer: Any, settings: Calibration) -> 
     generator = torch.Generator().manual_seed(settings.seed)
     if getattr(tokenizer, "cls_token_id", None) is None:
         blocks = _packed(texts, tokenizer, settings.length)
-    else:  # an encoder's texts each begin with their own mark
+    else:  # each text of an encoder begins with its own special token
         encoded = tokenizer(list(texts), truncation=True, max_length=settings.length)["input_ids"]
         blocks = [ids for ids in encoded if ids]
     order = torch.randperm(len(blocks), generator=generator).tolist()[: settings.samples]
@@ -143,7 +145,7 @@ def _from_texts(texts: Sequence[str], tokenizer: Any, settings: Calibration) -> 
 def _packed(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
     ids = reading.text_ids(texts, tokenizer).tolist()
     whole = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    return whole or ([ids] if len(ids) > 1 else [])  # one token predicts nothing
+    return whole or ([ids] if len(ids) > 1 else [])  # a single token has no next token to predict
 
 
 def _padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Gather statistics: one pass forward, and where gradients are wanted one pass back, block by block."""
+"""Gather statistics block by block: one forward pass, and one backward pass where gradients are needed."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def inputs(
         modules: the layers, by name.
         batches: the data.
         store: where finished blocks are; layers that are there already are not gathered again.
-        after: called with a block's layers once their statistics are there. Where it answers True it has
-            changed the block, which then runs again, so that later blocks see what it gives now.
+        after: called with a block's layers once their statistics are there. Where it returns True it has
+            changed the block; the block then runs again, so that later blocks see its new output.
 
     Raises:
         NonFiniteError: an activation that is NaN or infinite, with the layer's name.
@@ -69,7 +69,7 @@ def inputs(
 
 
 def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, str]:
-    """Return for each layer the one whose moments it shares, since both have one input; by one forward.
+    """Return for each layer the layer with the same input, whose moments it shares; runs one forward.
 
     Args:
         model: in eval mode.
@@ -91,7 +91,7 @@ def _chained_inputs(
     after: Callable[[Sequence[str]], bool] | None,
     progress: Any,
 ) -> None:
-    """Walk the blocks; what lies outside them is caught before the first one or after the last one."""
+    """Walk the blocks. Layers outside of them are recorded with the first block, or after the last one."""
     groups = stream.by_block(chain, list(modules))
     device = next(chain.model.parameters()).device
     waiting = set(groups.get(None, ()))
@@ -128,7 +128,7 @@ def _chained_inputs(
 
 
 class _Listener:
-    """Listens to layers' inputs and adds up their moments; and to what a block is given."""
+    """Records layers' inputs and sums up their moments; also records a block's input."""
 
     def __init__(
         self, modules: Mapping[str, nn.Module], names: set[str], block: nn.Module | None = None
@@ -145,7 +145,9 @@ class _Listener:
     @contextmanager
     def listening(self, batch: Batch) -> Iterator[None]:
         self.mask = mask_of(batch)
-        seen: list[tuple[Tensor, str]] = []  # inputs of this forward; holding them keeps them apart
+        seen: list[
+            tuple[Tensor, str]
+        ] = []  # inputs of this forward; a reference keeps each alive, so that no two share an id
         handles = [
             layer.module.register_forward_pre_hook(lambda m, args, name=name: self._hear(name, args[0], seen))
             for name, layer in self.layers.items()
@@ -156,7 +158,7 @@ class _Listener:
             yield
 
     def _hear(self, name: str, x: Tensor, seen: list[tuple[Tensor, str]]) -> None:
-        if self.reading:  # a convolution's patches come from its own forward
+        if self.reading:  # a convolution computes its patches by its own forward, which calls this hook again
             return
         leader = next((other for tensor, other in seen if tensor is x and self._alike(other, name)), name)
         self.leaders[name] = leader
@@ -172,19 +174,19 @@ class _Listener:
         running.add(rows_of(layer, rows, self.mask))
 
     def _alike(self, one: str, other: str) -> bool:
-        """Whether two layers with one input see the same rows: convolutions differ in their patches."""
+        """Whether two layers with the same input have the same rows: convolutions differ in their patches."""
         return not any(isinstance(self.layers[name], ConvLayer) for name in (one, other))
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.given = stream.hidden_argument(args, kwargs)
 
     def compare(self, output: Any) -> None:
-        """Add the distance between what the block was given and what it gave back."""
+        """Add the distance between the block's input and its output."""
         x, self.given = self.given, None
         if x is None or output is None:
             return
         y = stream.hidden_of(stream.onload(output, torch.device("cpu")))
-        if x.shape != y.shape:  # a stage of a convolutional network, say
+        if x.shape != y.shape:  # as in a stage of a convolutional network
             return
         apart = 1 - torch.cosine_similarity(x.to(y.device, torch.float64), y.to(torch.float64), dim=-1)
         if self.mask is not None and self.mask.shape == apart.shape:
@@ -193,7 +195,7 @@ class _Listener:
         self.count += apart.numel()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what was added up, by name and quantity."""
+        """Return the statistics by name and quantity."""
         found = {}
         for name, running in self.moments.items():
             found[f"{name}|C"], found[f"{name}|mean"] = running.second(name).cpu(), running.mean().cpu()
@@ -218,8 +220,8 @@ def gradients(
 ) -> None:
     """Put the second moment of the gradient at every layer's output into the store.
 
-    Forward once, keeping what lies between blocks; then backward from the last block to the first, each run
-    again for its graph. Nothing is computed for parameters.
+    One forward pass keeps the hidden states between blocks. Then each block, from the last to the first, runs
+    again with a graph and is differentiated. Nothing is computed for parameters.
 
     Args:
         model: in eval mode.
@@ -307,7 +309,7 @@ def _chained_gradients(
 
 
 class _Collector:
-    """Listens to layers' outputs, and hands the gradients that arrive there to accumulators."""
+    """Records layers' outputs, and passes the gradients at them to accumulators."""
 
     def __init__(self, layers: Mapping[str, Layer], accumulators: Mapping[str, list[Accumulator]]) -> None:
         self.layers, self.accumulators = layers, accumulators
@@ -328,7 +330,7 @@ class _Collector:
         self.outputs = []
 
     def backward(self, value: Tensor, slope: Tensor | None, leaf: Tensor | None) -> Tensor:
-        """Differentiate ``value``; take the gradients at the outputs in, and return the one at ``leaf``."""
+        """Differentiate ``value``; accumulate the gradients at outputs, return the one at ``leaf``."""
         if not value.requires_grad:
             raise ConfigError("The loss has no gradient: it must be computed from the model's output.")
         ends = [] if leaf is None else [leaf]
@@ -339,7 +341,7 @@ class _Collector:
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(value, tensors, slopes, allow_unused=True)
         with torch.no_grad():
             for (name, _, x), gradient in zip(self.outputs, gradients[len(ends) :], strict=True):
-                if gradient is not None:  # else this output leads to nothing that the loss is made of
+                if gradient is not None:  # None where the loss does not depend on this output
                     arrival = Arrival(self.layers[name], x, gradient, self.mask)
                     for accumulator in self.accumulators[name]:
                         accumulator.add(arrival)
@@ -347,7 +349,10 @@ class _Collector:
         return value.new_zeros(()) if first is None else first.detach()
 
     def finish(self, store: Store, group: str) -> None:
-        """Store what is not there yet. All is gathered again: less to differentiate, other last bits."""
+        """Store the layers that are missing.
+
+        All layers are gathered again, since a smaller graph would give other last bits.
+        """
         tensors, missing = {}, [name for name in self.layers if name not in store]
         for name in missing:
             for accumulator in self.accumulators[name]:
@@ -370,7 +375,7 @@ def _runs_before(chain: Chain, module: nn.Module, batch: Batch) -> bool:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Let every floating-point parameter ask for a gradient, so that every output has a graph."""
+    """Make every floating-point parameter require a gradient, so that every output has a graph."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -386,5 +391,5 @@ def _progress(tokens: int, what: str) -> Any:
 
 
 def _advance(progress: Any, tokens: float) -> None:
-    """Move a bar on; tokens by block are fractions, whose rounding must not carry it past its end."""
+    """Advance a progress bar. Tokens by block are fractions; rounding must not carry it past its end."""
     progress.update(min(tokens, max(progress.total - progress.n, 0)))

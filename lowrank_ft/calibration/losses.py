@@ -1,4 +1,4 @@
-"""What is differentiated by default, and how far a model's output has moved."""
+"""The default loss, and the divergence between two outputs of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_ft.calibration.batches import Batch, fingerprint, mask_of
 
 
 def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
-    """Return the loss of a batch, summed: what the default output gradients are gradients of.
+    """Return the default loss of a batch, summed over its tokens.
 
     Cross-entropy with the batch's ``labels``, or with the next token of a causal language model. For an
     encoder without labels, ``⟨output, ε⟩`` with ε standard normal: its gradients' second moment makes the
@@ -35,9 +35,10 @@ def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
 
 
 def _projected(output: Any, batch: Batch) -> Tensor:
-    """``⟨output, ε⟩`` over everything an encoder gives back (hidden states, a pooled output)."""
+    """``⟨output, ε⟩`` over all outputs of an encoder (hidden states, a pooled output)."""
     held = output.values() if isinstance(output, Mapping) else [main_output(output)]
-    generator = torch.Generator().manual_seed(int(fingerprint([batch])[:12], 16))  # another ε for every batch
+    # The seed depends on the batch, so each batch has a different ε.
+    generator = torch.Generator().manual_seed(int(fingerprint([batch])[:12], 16))
     total, mask = main_output(output).new_zeros(()), mask_of(batch)
     for tensor in held:
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
@@ -50,12 +51,12 @@ def _projected(output: Any, batch: Batch) -> Tensor:
 
 
 def divergence(before: Any, after: Any, mask: Tensor | None) -> float:
-    """Return how far a model's output has moved, summed over real positions.
+    """Return the divergence between two outputs of a model, summed over real positions.
 
     Args:
-        before: what the model returned. With logits the divergence is ``KL(before ‖ after)``, in nats;
-            otherwise ``½ ‖Δ‖²`` of the hidden states.
-        after: what it returns now.
+        before: the model's output before the change. With logits the divergence is ``KL(before ‖ after)``, in
+            nats; otherwise ``½ ‖Δ‖²`` of the hidden states.
+        after: its output after the change.
         mask: ``(batch, tokens)``, true where a position is real.
     """
     x, y = main_output(before), main_output(after)

@@ -69,7 +69,8 @@ def divergences(
     Args:
         model: in eval mode.
         chain: its blocks, or None.
-        changes: for the name of a module at which a change begins, what puts it in for a while.
+        changes: by the name of the first module that changes, a function that returns a context manager;
+            inside of it the change is in the model.
         batches: the data; every change runs them once.
     """
     tokens, moved = count_tokens(batches), dict[str, float]()
@@ -86,7 +87,7 @@ def divergences(
 def _by_block(
     model: nn.Module, chain: Chain | None, names: Sequence[str], batches: Sequence[Batch]
 ) -> Iterator[tuple[int, list[str], Outputs]]:
-    """Yield each block that has names in it: its index, the names, and what runs the model from there on.
+    """Yield each block that has names in it: its index, the names, and what runs the model from there.
 
     Names outside all blocks come with the first one.
     """

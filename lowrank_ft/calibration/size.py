@@ -1,4 +1,4 @@
-"""How many bytes statistics take on disk, told before anything is gathered."""
+"""How many bytes statistics take on disk, computed before anything is gathered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEADER = 256  # of a file's header, for each tensor
 
 
 def of_inputs(modules: Mapping[str, nn.Module]) -> int:
-    """Return the bytes of layers' input moments, were each layer to have an input of its own."""
+    """Return the bytes of layers' input moments, if no two layers share an input."""
     total = 0
     for module in modules.values():
         layer = layer_of(module)
@@ -29,7 +29,7 @@ def of_gradients(model: nn.Module, modules: Mapping[str, nn.Module], weighted: b
     """Return the bytes of layers' gradient moments, the means of squared gradients among them.
 
     Args:
-        model: that the layers are in.
+        model: the model that has the layers.
         modules: the layers, by name.
         weighted: whether inputs are weighted as well.
     """

@@ -17,7 +17,7 @@ from lowrank_ft.modules.layer import Layer
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What is known of one layer.
+    """The statistics of one layer.
 
     Attributes:
         tokens: how many positions ``C`` is the mean of.
@@ -64,7 +64,7 @@ class Moments:
         self.tokens = 0
         self.features = features
         self.diagonal = diagonal
-        self.dtype = torch.float32  # that the moment is exact to; float64 where the rows are
+        self.dtype = torch.float32  # dtype of the moment: float64 where the rows are float64
         self.total = self.sum = None  # type: Tensor | None
 
     def add(self, rows: Tensor) -> None:
@@ -110,7 +110,7 @@ class Moments:
         return self.sum / self.tokens
 
 
-_SMALLEST = 128  # blocks of fewer columns run no faster halved
+_SMALLEST = 128  # splitting blocks of fewer columns saves no time
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:

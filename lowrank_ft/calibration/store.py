@@ -1,4 +1,4 @@
-"""Where statistics are kept: a safetensors file for each block, so that one block is read at a time.
+"""The store of statistics: one safetensors file for each block, so that one block is read at a time.
 
 A second moment is symmetric, so its upper triangle is all that is written, in float32: a quarter of the bytes
 of the float64 matrix that it was summed in. (Of a model in float64 the triangle is in float64 as well.) It is
@@ -46,7 +46,7 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether a write failed for want of room; safetensors says so in words alone."""
+    """Whether a write failed because the disk is full; safetensors reports that in its message only."""
     return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
 
 
@@ -66,7 +66,7 @@ def check_room(directory: Path, needed: int) -> None:
     """Raise ``StorageError`` where a disk has less room than is needed.
 
     Args:
-        directory: on the disk.
+        directory: any directory on that disk.
         needed: bytes.
     """
     free = shutil.disk_usage(directory).free
@@ -116,7 +116,7 @@ class Store:
     """Tensors by layer name, in one file for each group of layers.
 
     Attributes:
-        directory: where the files are; those that are there already are finished groups.
+        directory: where the files are. Every file there is a finished group.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -137,11 +137,11 @@ class Store:
         return name in self._group_of
 
     def names(self) -> set[str]:
-        """Return the layers that are known."""
+        """Return the names of the stored layers."""
         return set(self._group_of)
 
     def put(self, group: str, tensors: Mapping[str, Tensor], leaders: Mapping[str, str]) -> None:
-        """Write a group: all of it or nothing. More of a group that is there goes into a file of its own.
+        """Write a group: all of it or nothing. More layers of an existing group get a file of their own.
 
         Args:
             group: the block.
@@ -161,7 +161,7 @@ class Store:
         self._add(group, leaders)
 
     def read(self, name: str, only: str = "") -> dict[str, Tensor]:
-        """Return a layer's tensors by quantity; empty where the layer is not known.
+        """Return a layer's tensors by quantity; empty where the layer is not stored.
 
         Args:
             name: the layer.
@@ -223,7 +223,7 @@ class StoredStatistics(Mapping[str, SiteStatistics]):
         return self.inputs, self.gradients, self.probes
 
     def tokens(self, name: str) -> int:
-        """Return how many positions a known layer's moments are the mean of, without reading the moments."""
+        """Return how many positions a layer's moments are the mean of, without reading the moments."""
         return int(self.inputs.read(name, only="tokens")["tokens"])
 
     def __contains__(self, name: object) -> bool:

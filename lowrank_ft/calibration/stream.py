@@ -1,8 +1,8 @@
 """One pass over the data, block by block: only the hidden states between two blocks are kept.
 
-The model's own forward runs, so that masks, positions and whatever else a block is given are the model's
-business. Blocks that have run are stood in for by a module that returns what they returned, and a block that
-has run ends the forward. The cost beyond a plain forward is the embedding, once for each block.
+The model's own forward runs, and computes masks, positions and all other arguments of a block. Each earlier
+block is replaced by a module that returns its recorded output, and an exception ends the forward after the
+block in question. The cost beyond a plain forward is the embedding, once for each block.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class _ReachedError(Exception):
 
 
 class _Ran(nn.Module):
-    """Stands for a block that has run, and returns what it returned."""
+    """Replaces a block that has run, and returns its recorded output."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.__dict__["_block"] = block  # not a child: what reads an attribute of the block still finds it
+        self.__dict__["_block"] = block  # not a child module, but its attributes can still be read
         self.output: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ class _Ran(nn.Module):
 
 
 class Chain:
-    """A model whose blocks each take what the one before gives.
+    """A model in which each block takes the output of the block before.
 
     Attributes:
         model: the model.
@@ -114,8 +114,8 @@ class Chain:
 def find_chain(model: nn.Module, batch: Batch, shelf: Path | None = None) -> Chain | None:
     """Return the model's chain of blocks, or None where it has none.
 
-    The candidate is the outermost ``ModuleList`` with the most parameters; one forward tells whether its
-    blocks really take each other's output and nothing else that changes.
+    The candidate is the outermost ``ModuleList`` with the most parameters; one forward shows whether each of
+    its blocks takes the output of the one before.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -172,7 +172,7 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
 
 class _Shelved:
-    """What a block returned, on disk until nothing refers to it."""
+    """A block's output on disk, deleted when nothing refers to it."""
 
     def __init__(self, output: Any, shelf: Path) -> None:
         leaves, self._spec = pytree.tree_flatten(output)
@@ -192,13 +192,13 @@ class _Shelved:
 
 
 def offload(output: Any, shelf: Path | None) -> Any:
-    """Return what a block returned, its tensors detached and off the device: in memory, or on a shelf."""
+    """Detach a block's output and move it to the CPU, or to a file on the shelf."""
     here = pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, output)
     return here if shelf is None else _Shelved(here, shelf)
 
 
 def onload(output: Any, device: torch.device, *, leaf: bool = False) -> Any:
-    """Undo :func:`offload`; with ``leaf`` the hidden states ask for a gradient."""
+    """Undo :func:`offload`; with ``leaf`` the hidden states require a gradient."""
     if isinstance(output, _Shelved):
         output = output.read()
     moved = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, output)

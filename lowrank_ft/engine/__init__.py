@@ -1,7 +1,7 @@
 """The only code that changes a model, and the questions that others ask about one.
 
-A method says what is to stand where (``structure``) and with what values; everything is built and filled
-before the first module is replaced, so an error leaves the model as it was.
+A method decides which modules replace which (``structure``), and their values. Everything is built and filled
+before the first module is replaced, so an error leaves the model unchanged.
 
 ``state`` answers questions, ``surgery`` changes models, ``adapters`` has the verbs on adapters, ``pipeline``
 runs a method, ``wrapping`` has :func:`wrap`. Each imports only from those before it.

@@ -63,7 +63,7 @@ def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
 
 @contextmanager
 def disable(model: nn.Module) -> Iterator[None]:
-    """Run the block with no adapter active: the base model, to the bit."""
+    """Run the block with no adapter active: outputs are bit-identical to the base model's."""
     found = hosts(model)
     if not found:
         raise StateError("There is no adapter on this model to disable.")
@@ -100,15 +100,15 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 
 
 def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> ModelT:
-    """Fold the active adapters into stock layers. What a compressor left stays.
+    """Fold the active adapters into stock layers. Compressed layers stay compressed.
 
     Weight and update are summed in at least float32 and rounded once, to the layer's dtype. The result has
     no trace of this package: it saves, compiles and serves as the stock model.
 
     Args:
         model: a wrapped model.
-        reversible: keep what was there, so that :func:`unmerge` gives it back to the bit; costs the memory
-            of the adapted weights once more. Without it the adapters are gone.
+        reversible: keep the replaced modules, so that :func:`unmerge` restores them bit-identically; costs
+            the memory of the adapted weights once more. Without it the adapters are gone.
         untie: break the tie where an adapted weight is shared (tied embeddings), and say so in the model's
             config; refused otherwise, because the merged weight would change the other user too.
 
@@ -144,10 +144,10 @@ def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> Mod
 
 
 def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
-    """Round the factors of LoRAs to a dtype, in place, and keep them in it: also on disk, and when reloaded.
+    """Round the factors of LoRAs to a dtype, in place, and keep them in it, on disk and after a reload too.
 
-    Half precision halves what they take. Train in ``"float32"`` and round at the end: steps of an optimiser
-    are lost in half precision.
+    Half precision halves their bytes. Train in ``"float32"`` and round at the end: in half precision small
+    optimiser steps are lost.
 
     Args:
         model: a wrapped model.
@@ -186,7 +186,7 @@ def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
 
 
 def merge_drift(model: nn.Module) -> dict[str, float]:
-    """Return how far :func:`merge` would move each quantised layer: what rounding to its dtype adds.
+    """Return the rounding error that :func:`merge` would add to each quantised layer.
 
     The relative Frobenius distance of the merged weight from the sum, in float64, of what is stored and what
     the active adapters add, by layer name. Zero but for rounding in float32; in half precision it can be
@@ -211,7 +211,7 @@ def merge_drift(model: nn.Module) -> dict[str, float]:
 
 
 def unmerge(model: ModelT) -> ModelT:
-    """Undo :func:`merge`: the same modules are back, so base and adapters are equal to the bit.
+    """Undo :func:`merge`: the same modules are put back, so base and adapters are bit-identical.
 
     Raises:
         StateError: nothing is merged.
@@ -225,7 +225,7 @@ def unmerge(model: ModelT) -> ModelT:
         current = modules[name]
         where = next(current.parameters(), None)
         if where is not None:
-            host.to(where.device)  # the model may have moved since
+            host.to(where.device)  # the model may have moved to another device since
         put_in_place(owners, current, host.train(current.training))
     if state.untied:
         ties.set_tied(model, True)
@@ -237,7 +237,7 @@ def unmerge(model: ModelT) -> ModelT:
 
 
 def unload(model: ModelT) -> ModelT:
-    """Take all adapters out: the model is what it was before the first wrap, to the bit.
+    """Remove all adapters: the model is bit-identical to the one before the first wrap.
 
     Raises:
         StateError: there is no adapter; the model is merged (its adapters are in the weights).
@@ -273,7 +273,7 @@ def restore_state(
     stages: Sequence[dict[str, Any]],
     expected: Mapping[str, Any],
 ) -> None:
-    """Make a model built by :func:`restore_structure`, its weights loaded, like one just wrapped.
+    """Finish a model from :func:`restore_structure` whose weights are loaded: as if it had just been wrapped.
 
     Raises:
         CheckpointError: an adapter depends on something that is not what it was (``expected``, by adapter).

@@ -1,7 +1,7 @@
 """Take over a model that was loaded with bitsandbytes: the same codes and scales, in modules of this package.
 
-bitsandbytes' own layers are not safe on a CPU (see :mod:`lowrank_ft.quant.bnb`), and transformers treats a
-model that holds them apart when it saves, moves or trains it. Nothing is quantised again here.
+bitsandbytes' own layers are not safe on a CPU (see :mod:`lowrank_ft.quant.bnb`), and transformers saves,
+moves and trains a model with such layers differently. Nothing is quantised again here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Taken = list[tuple[dict[str, Any], str, Any]]
 def adopted(model: nn.Module) -> Iterator[None]:
     """Replace bitsandbytes' linear layers by :class:`Quantized` ones; where the block raises, put them back.
 
-    Codes and scales are shared with the layers that stood there, so no memory is taken twice. Inputs are not
+    Codes and scales are shared with the replaced layers, so no memory is used twice. Inputs are not
     quantised, as ``Linear8bitLt`` does. A model without such layers is left alone.
 
     Args:
@@ -69,14 +69,15 @@ def adopted(model: nn.Module) -> Iterator[None]:
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    bnb = sys.modules.get("bitsandbytes")  # where it was never imported, no layer is its own
+    # If bitsandbytes was never imported, no layer can be one of its own.
+    bnb = sys.modules.get("bitsandbytes")
     return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
 def _stand_alone(model: nn.Module, ours: Mapping[str, nn.Module]) -> bool:
-    """Whether these modules stand where they were put, and nothing else does.
+    """Whether these modules are the only replacements in the model.
 
-    Of several stages an early one may have succeeded; its work stays, and with it what it stands on.
+    Of several stages an early one may have succeeded. Its result is kept, and the layers below it with it.
     """
     found = replacements(model)
     return found.keys() == ours.keys() and all(found[name] is module for name, module in ours.items())
@@ -91,7 +92,7 @@ def _take_marks(model: nn.Module) -> Taken:
         places += [(config, "quantization_config"), (config, "_is_quantized")]
     taken: Taken = [(where, name, where.pop(name)) for where, name in places if name in where]
     conversions = model.__dict__.get("_weight_conversions")
-    if conversions:  # save_pretrained would turn round what read bitsandbytes' files
+    if conversions:  # save_pretrained would apply the reverse of what read bitsandbytes' files
         taken.append((model.__dict__, "_weight_conversions", conversions))
         model.__dict__["_weight_conversions"] = [c for c in conversions if not _is_quantisers(c)]
     return taken
@@ -176,14 +177,16 @@ def _check_nested(name: str, state: Any) -> None:
 
     code = create_dynamic_map().to(state.code.device)
     is_known = state.blocksize == NESTED_BLOCK and state.dtype == torch.float32
-    if not is_known or not torch.allclose(state.code, code, rtol=1e-6, atol=0):  # made by another torch
+    if not is_known or not torch.allclose(
+        state.code, code, rtol=1e-6, atol=0
+    ):  # the map depends on the version of torch in its last bits
         _refuse(name, "its scales are not quantised by bitsandbytes' own dynamic map", _QUANTISE)
 
 
 def _eight_bit(module: Any, name: str) -> tuple[Scheme, dict[str, Tensor]]:
     if module.state.has_fp16_weights:
         _refuse(name, "it keeps its weight in 16 bits", "Load the model without quantisation.")
-    scales = module.weight.SCB  # a forward moves it into the state
+    scales = module.weight.SCB  # after the first forward it is in the layer's state
     scales = module.state.SCB if scales is None else scales
     if scales is None:
         _refuse(name, "it is not quantised yet", "Move the model to a device first.")

@@ -13,7 +13,7 @@ from lowrank_ft.modules.quantized import Quantized
 
 
 def numbers_in(modules: Iterable[nn.Module]) -> int:
-    """Return how many parameters modules have, quantised weights as many as they are."""
+    """Return how many parameters modules have; every quantised weight counts as one."""
     return sum(p.numel() for module in modules for p in module.parameters()) + sum(
         part.weights for module in modules for part in module.modules() if isinstance(part, Quantized)
     )
@@ -28,7 +28,7 @@ def bytes_of(modules: Iterable[nn.Module]) -> int:
 def count(model: nn.Module) -> Counts:
     """Count a model's parameters: all of them, and those in its blocks (all but embeddings and head).
 
-    Tied weights count once, and quantised ones as many as they are.
+    Tied weights count once, and every quantised weight counts as one.
     """
     total = {id(p): p.numel() for p in model.parameters()}
     total.update({id(m): m.weights for m in model.modules() if isinstance(m, Quantized)})

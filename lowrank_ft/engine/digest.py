@@ -1,4 +1,4 @@
-"""Digests of what a model or an adapter is made of."""
+"""Digests of a model's weights, of its calibration data and of adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowrank_ft.modules.delta import digest_of
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """Return a digest of what each adapter depends on and no checkpoint keeps, for those that have such."""
+    """Return by adapter a digest of what it depends on and checkpoints do not store; else no entry."""
     found, carriers = {}, hosts(model)
     for name in adapter_names(model):
         digest = digest_of({path: host.parts[name] for path, host in carriers.items() if name in host.parts})
@@ -36,7 +36,7 @@ def check_digest(name: str, digest: str | None, expected: Mapping[str, Any]) -> 
         )
 
 
-_SAMPLE = 1 << 16  # elements of each tensor that enter the digest one by one
+_SAMPLE = 1 << 16  # at most this many elements of each tensor are hashed one by one
 
 
 def digest_of_values(tensors: Mapping[str, Tensor]) -> str:
@@ -63,11 +63,11 @@ def _sum(bits: Tensor) -> int:
     return int(bits.numpy().sum(dtype="int64") if bits.device.type == "cpu" else bits.sum(dtype=torch.int64))
 
 
-CACHE_SCHEMA = 5  # of what the cache holds: a change there makes earlier caches unknown, not incomplete
+CACHE_SCHEMA = 5  # version of the cache's format: raise it, and older caches are ignored
 
 
 def key_of(model: nn.Module, batches: Sequence[Batch]) -> str:
-    """Return a hash of a model and of the data that it is looked at on: what statistics are kept under."""
+    """Return a hash of a model and its calibration data; statistics are stored under it."""
     tensors = {k: t for k, t in stock_tensors(model).items() if t.is_floating_point()}
     dtypes = sorted({str(t.dtype) for t in tensors.values()})
     config: Any = getattr(model, "config", None)

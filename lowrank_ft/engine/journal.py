@@ -1,4 +1,4 @@
-"""Finished layers on disk, so that a compression that was killed can go on."""
+"""Finished layers on disk, so that a compression can resume after it was killed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lowrank_ft.structure.replacement import Container
 
 
 class Journal:
-    """Finished layers on disk: a run that was killed goes on where it was, and ends with the same bits."""
+    """Finished layers on disk: a killed run resumes where it was, and its result is bit-identical."""
 
     def __init__(self, root: Path, recipe: Mapping[str, Any]) -> None:
         """Open the journal of a run.
 
         Args:
             root: where journals are kept.
-            recipe: all that decides what the run makes of the model, as plain data.
+            recipe: everything that determines the result of the run, as plain data.
         """
         self.directory = root / f"journal-{digest_of_json(recipe)}"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ class Journal:
         return facts
 
     def close(self) -> None:
-        """Forget a run that has ended: the model has its layers now."""
+        """Delete the journal of a finished run: the model has its layers now."""
         shutil.rmtree(self.directory)
 
     def _path(self, name: str) -> Path:
@@ -53,5 +53,5 @@ class Journal:
 
 
 def _own(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of the modules that hold values; containers have none of their own."""
+    """The modules that have tensors of their own; containers have none."""
     return {name: module for name, module in modules.items() if not isinstance(module, Container)}

@@ -1,4 +1,4 @@
-"""What may become of each site: one loop over sites for all methods, with its cache, progress and threads."""
+"""The options of each site: one loop over sites for all methods, with its cache, progress and threads."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def offers(
         method: whose :meth:`~lowrank_ft.algorithms.base.Method.options` is called once for each site.
         sites: where it acts.
         statistics: what it asked for.
-        shelf: where options are kept; those that are there are not worked out again. None keeps them, with
-            their handles, in memory.
+        shelf: where options are stored; stored ones are not computed again. None keeps them, with their
+            handles, in memory.
     """
-    if type(method).options is Method.options:  # nothing is to be chosen among
+    if type(method).options is Method.options:  # the method has no options of its own
         return {site.name: [] for site in sites}
 
     def of_site(number: int) -> list[Option]:
         kept = None if shelf is None else shelf.read(number)
         if kept is not None:
             return kept
-        with torch.no_grad():  # which is set for each thread
+        with torch.no_grad():  # the mode is set for each thread
             options = method.options(sites[number], statistics)
         return options if shelf is None else shelf.write(number, options)
 
@@ -54,15 +54,15 @@ def offers(
 
 
 def recipe_of(method: Method[Any], sites: Sequence[Site], gathered: Sequence[str]) -> dict[str, Any]:
-    """Return all that options depend on, as plain data: what a shelf is kept under.
+    """Return everything that options depend on, as plain data; a shelf is stored under its hash.
 
     Args:
         method: with its config, of which the fields in ``spending`` are left out.
         sites: where it acts.
-        gathered: the names that the statistics are kept under, which stand for model and data.
+        gathered: names under which the statistics are stored; they contain hashes of the model and the data.
     """
     config = configs.to_dict(method.config)
-    left_out = {*type(method).spending, "calibration"}  # whose part in the statistics is in their names
+    left_out = {*type(method).spending, "calibration"}  # what statistics depend on is in their names
     return {
         "method": method.name,
         "config": {name: value for name, value in config.items() if name not in left_out},

@@ -1,6 +1,6 @@
-"""Gather what a method asks for; run a compressor: plan, values, and the journal that makes it resumable.
+"""Run a method: statistics, options, choice, values, and the journal that lets a compression resume.
 
-The engine still makes every change; this file decides when.
+``surgery`` makes every change to the model; this file decides when.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from lowrank_ft.structure.replacement import Container, Replacement
 
 @dataclass
 class Run:
-    """A method that looks at a model on data.
+    """One run of a method on a model.
 
     Attributes:
         model: the model, in eval mode.
@@ -55,10 +55,10 @@ class Run:
         chosen: its sites.
         batches: calibration data; empty where the method needs none.
         root: where statistics and finished layers are kept.
-        scratch: a directory that goes when the run ends.
+        scratch: a directory that is deleted when the run ends.
         key: hash of the model and the data.
         loss: what to differentiate, the caller's own; None for the default.
-        name: of the adapter, where the method leaves one.
+        name: the adapter's name, for a method that leaves one.
     """
 
     model: nn.Module
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def kept(self) -> Path:
-        """Where to keep what the loss enters: what one of the caller's computes, its name does not tell."""
+        """Where to store what depends on the loss: a caller's own loss has no hash, so nothing is reused."""
         return self.root if self.loss is None else self.scratch
 
     @cached_property
@@ -92,9 +92,9 @@ class Run:
 def compress(
     model: nn.Module, method: Method[Any], chosen: list[Site], source: Source, name: str
 ) -> list[dict[str, Any]]:
-    """Replace the layers of ``chosen`` by what ``method`` makes of them; return facts on each.
+    """Compress the layers of ``chosen`` by ``method``; return facts on each, for the report.
 
-    An adapter that it leaves on them goes by ``name``.
+    If the method leaves an adapter on them, it gets this ``name``.
 
     Raises:
         ConfigError: data that is missing, or not looked at; a budget that cannot be met.
@@ -112,8 +112,8 @@ def statistics(
 ) -> Iterator[Mapping[str, SiteStatistics]]:
     """Gather what an adapter asks for, on the model without the adapters that it carries.
 
-    What is known can be read, layer by layer, until the block ends. Nothing is gathered for a method that
-    looks at nothing.
+    The statistics can be read, layer by layer, until the block ends. For a method without needs nothing is
+    gathered.
 
     Raises:
         ConfigError: data that is missing, or not looked at.
@@ -136,7 +136,7 @@ def statistics(
 def _begun(
     model: nn.Module, method: Method[Any], chosen: list[Site], source: Source, name: str = ""
 ) -> Iterator[Run]:
-    """Check what was given, and put the model and the disk into the state that a run needs."""
+    """Check the arguments, set eval mode, and prepare the directories of a run."""
     for site in chosen:
         _check_loaded(site)
         method.check(site)
@@ -215,7 +215,7 @@ def _run(run: Run) -> list[dict[str, Any]]:
 def _at_once(
     run: Run, plan: Sequence[tuple[Site, Share]], store: StoredStatistics, journal: Journal
 ) -> list[dict[str, Any]]:
-    """Make what is to stand at all sites, each from what the model is now, and then put it in."""
+    """Build the new modules of all sites from the unchanged model, and then put all of them in."""
     new: dict[str, dict[str, nn.Module]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for site, share in tqdm(plan, desc="Compressing", unit="site", leave=False):
@@ -248,9 +248,9 @@ def _check_measurable(run: Run) -> None:
 
 
 def _recipe(run: Run, shares: Sequence[Share]) -> dict[str, Any]:
-    """All that decides what a run makes of the model."""
+    """Everything that determines the result of a run."""
     options = configs.to_dict(run.method.config)
-    # A cache can be moved, and what is measured changes nothing.
+    # A cache can be moved, and measuring changes no result.
     options["calibration"] = {**options["calibration"], "cache": None, "measure_options": False}
     return {
         "key": run.key,
@@ -302,7 +302,7 @@ def _check_room(
     most = size.of_inputs(inputs) + size.of_gradients(run.model, gradients, weighted)
     if most <= shutil.disk_usage(run.root).free:
         return
-    # That many bytes where no two layers have one input: a forward of one sequence tells which have.
+    # That is an upper bound: a forward of one sequence shows which layers share their input.
     leaders = collect.shared_inputs(run.model, run.modules, run.batches[0]) if inputs else {}
     alone = {name: module for name, module in inputs.items() if leaders.get(name, name) == name}
     check_room(run.root, size.of_inputs(alone) + size.of_gradients(run.model, gradients, weighted))
@@ -316,7 +316,7 @@ def _solve(
     journal: Journal,
     handle: Handle | None = None,
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    """Build and fill what stands at one site; from the journal where it was finished before."""
+    """Build and fill the new modules of one site; read them from the journal if they are there."""
     nodes = dict(run.method.structure(site, share))
     for name, delta in run.method.deltas(site, share).items():
         nodes[name] = AdaptedNode({run.name: delta}, nodes[name])
@@ -404,7 +404,8 @@ def _sequential(
     rows: dict[int, list[dict[str, Any]]] = {}
     originals = {n: m for site in run.chosen for n, m in zip(site.names, site.modules, strict=True)}
     fresh = Store(journal.directory)
-    # Inputs as they are now; the rest as the dense model had it. What options were made from is gone.
+    # Input moments of the partly compressed model; the rest is the dense model's. Handles do not apply to
+    # them.
     statistics = StoredStatistics(fresh, dense.gradients, dense.probes)
 
     def after(names: Sequence[str]) -> bool:
@@ -417,6 +418,6 @@ def _sequential(
     try:
         collect.inputs(run.model, run.chain, run.modules, run.batches, fresh, after)
     except BaseException:
-        replace(run.model, originals)  # whatever part of it was replaced
+        replace(run.model, originals)  # also where only some sites were replaced
         raise
     return [row for number in range(len(plan)) for row in rows[number]]

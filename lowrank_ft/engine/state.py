@@ -22,7 +22,7 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass
 class State:
-    """What the engine must remember about a wrapped model; all else is read off the model.
+    """What the engine must remember about a wrapped model; everything else is read from the model.
 
     Attributes:
         trainable: stock names of the parameters that required a gradient before the first wrap.
@@ -43,23 +43,23 @@ def hosts(model: nn.Module) -> dict[str, Host]:
 
 
 def compressed(model: nn.Module) -> list[str]:
-    """Return the modules of which no stock one is left: replaced by more than a host of adapters."""
+    """Return the names of the compressed modules: those replaced by more than a host of adapters."""
     found = replacements(model).items()
     return [n for n, m in found if not isinstance(m, Host) or m.base_node().kind != "dense"]
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters on a model, in the order they came."""
+    """Return the names of the adapters on a model, in the order in which they were added."""
     return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.parts))
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters in force."""
+    """Return the names of the active adapters."""
     return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.active))
 
 
 def check_whole(model: nn.Module, active: Collection[str]) -> None:
-    """Raise ``StateError`` where an adapter that part of the weights lies in would not be active."""
+    """Raise ``StateError`` where an adapter that holds part of the weights would be inactive."""
     for name in _carrying(model):
         if name not in active:
             raise StateError(
@@ -69,12 +69,12 @@ def check_whole(model: nn.Module, active: Collection[str]) -> None:
 
 
 def carries(model: nn.Module) -> bool:
-    """Whether part of the weights lies in an adapter, so that the model has no base without it."""
+    """Whether an adapter holds part of the weights, so that the base is incomplete without it."""
     return bool(_carrying(model))
 
 
 def _carrying(model: nn.Module) -> list[str]:
-    """The adapters that part of the weights lies in."""
+    """The adapters that hold part of the weights."""
     parts = [(name, part) for host in hosts(model).values() for name, part in host.parts.items()]
     return list(dict.fromkeys(name for name, part in parts if getattr(part, "carries", False)))
 
@@ -89,7 +89,7 @@ def require_adapter(model: nn.Module, name: str) -> None:
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and persistent buffer of the base model by its stock name.
 
-    Tied tensors come under each of their names; adapters and markers are left out.
+    A tied tensor is listed under each of its names; adapters and markers are left out.
     """
     found = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Host)}
     tensors: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def prefixes(key: str) -> Iterator[str]:
-    """Yield the names of the modules around what a dotted name means, the outermost first."""
+    """Yield the names of the modules that contain a dotted name, the outermost first."""
     parts = key.split(".")
     return (".".join(parts[:n]) for n in range(1, len(parts)))
 
@@ -167,7 +167,7 @@ def check_can_change(model: nn.Module) -> None:
 
 
 def stages_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Return what compressed a model, stage by stage: method, options, and facts on each layer.
+    """Return the stages that compressed a model: method, options, and facts on each layer.
 
     The facts are those of this process: a checkpoint keeps methods and options.
     """

@@ -36,9 +36,9 @@ from lowrank_ft.structure.replacement import Container, Factored, Replacement
 
 
 def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Put modules in the place of stock ones, by name: what stands around others before those.
+    """Replace stock modules by name; a module that contains others is replaced before them.
 
-    A container that stands there already stays, with what it holds.
+    A container that is in place already is kept, with its children.
     """
     outer = {name for name in new if any(other.startswith(f"{name}.") for other in new)}
     for names in (outer, new.keys() - outer):
@@ -102,7 +102,7 @@ def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False)
     Args:
         model: the model they are for.
         nodes: structure by stock module name.
-        on_meta: build shapes only, so that nothing is allocated on a stranger's word.
+        on_meta: build shapes only, so that an untrusted checkpoint cannot make this allocate memory.
 
     Raises:
         TargetError: a name the model lacks, or a module that cannot be adapted or lies inside one that
@@ -224,7 +224,7 @@ def owners_of(model: nn.Module) -> Owners:
 
 
 def put_in_place(owners: Owners, old: nn.Module, new: nn.Module) -> None:
-    """Put a module at every place that holds another."""
+    """Replace a module at every place that holds it."""
     for parent, attribute in owners[id(old)]:
         parent._modules[attribute] = new
 
@@ -238,14 +238,14 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def restore_trainable(model: nn.Module, names: frozenset[str]) -> None:
-    """Let the parameters of these stock names require a gradient, and no others."""
+    """Make the parameters with these stock names, and no others, require a gradient."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(name in names)
 
 
 def forget(model: nn.Module) -> None:
-    """Drop the state of a model that has no adapter left, giving its parameters their flags back."""
+    """Delete the state of a model that has no adapter left, and restore its parameters' ``requires_grad``."""
     restore_trainable(model, state_of(model).trainable)
     del model.__dict__["_lowrank_ft"]
 

@@ -46,8 +46,8 @@ def wrap(
 ) -> ModelT:
     """Put a method (or several, in order) on a model, in place, and return the model.
 
-    With an adapter, the model's own parameters are frozen, the adapter becomes the only active one, and the
-    model computes what it computed before.
+    With an adapter, the model's own parameters are frozen, the adapter becomes the only active one, and
+    outputs are bit-identical until it is trained.
 
     Args:
         model: any ``nn.Module``.
@@ -80,7 +80,8 @@ def wrap(
             check_can_wrap(model, name)
         check_can_change(model)
         for stage in stages:
-            given = source if len(stages) == 1 or stage.needs() else Source()  # in a stack, others may look
+            # In a stack only some stages may need the data.
+            given = source if len(stages) == 1 or stage.needs() else Source()
             _put(model, stage, where, name, given)
     return model
 
@@ -209,7 +210,9 @@ def _compress(
     trainable, copies = trainable_names(model), _copies(model, method, chosen)
     facts = pipeline.compress(model, method, chosen, source, name)
     model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, FACTS: facts}]
-    if method.trains:  # its adapter is there already, but for the modules to train in full
+    if (
+        method.trains
+    ):  # the compression has put its adapter in place already, except for the modules trained in full
         model.__dict__["_lowrank_ft"] = State(trainable)
         commit(model, name, copies, build(model, copies), recipe)
     write_config(model)
