@@ -193,10 +193,10 @@ def parse(cls: type[Any], args: Sequence[str], command: str, positional: Sequenc
         method = _method_config(args)
         parser.add_argument("--method.name", default=method.name, help="The method.")
         parser.add_class_arguments(method.Config, "method")
-    found = parser.parse_args(list(args))
+    arguments = parser.parse_args(list(args))
     if has_method:
-        found.method.pop("name")
-    values = vars(parser.instantiate(found))
+        arguments.method.pop("name")
+    values = vars(parser.instantiate(arguments))
     values.pop("config", None)
     return cls(**values)
 

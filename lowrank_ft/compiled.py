@@ -43,9 +43,9 @@ class Kernel:
 
     def function(self, name: str) -> ctypes._NamedFuncPointer:
         """Return a function of a kernel that is available; it returns nothing."""
-        found = library(self)
-        assert found is not None
-        called: ctypes._NamedFuncPointer = getattr(found, name)
+        loaded = library(self)
+        assert loaded is not None
+        called: ctypes._NamedFuncPointer = getattr(loaded, name)
         called.restype = None
         return called
 

@@ -52,12 +52,14 @@ def parse(
     return cls(**given, **{name: parsed[name] for name in options})
 
 
-def check_names(options: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
-    """Raise ``ConfigError`` for the first option that is not ``known``, naming the nearest one."""
+def check_names(options: Mapping[str, Any], fields: Mapping[str, Any], what: str) -> None:
+    """Raise ``ConfigError`` for the first option that is not ``fields``, naming the nearest one."""
     for name in options:
-        if name not in known:
-            listing = ", ".join(sorted(known)) or "none"
-            raise ConfigError(f"{what} has no option {name!r}.{did_you_mean(name, known)} It has: {listing}.")
+        if name not in fields:
+            listing = ", ".join(sorted(fields)) or "none"
+            raise ConfigError(
+                f"{what} has no option {name!r}.{did_you_mean(name, fields)} It has: {listing}."
+            )
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:

@@ -38,7 +38,7 @@ class NonFiniteError(LowRankError, ArithmeticError):
     """A loss or gradient became NaN or infinite."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known names, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.55)
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.55)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

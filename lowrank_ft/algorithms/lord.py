@@ -96,12 +96,12 @@ class LoRDMethod(Method[LoRD]):
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
         """Return every aligned rank below break-even, and the layer as it is."""
-        layer, known = layer_of(site.modules[0]), statistics.get(site.name)
-        probed = None if known is None or self.config.allocation != "probe" else known.sensitivity
+        layer, moments = layer_of(site.modules[0]), statistics.get(site.name)
+        probed = None if moments is None or self.config.allocation != "probe" else moments.sensitivity
         centers = self._centers(layer)
         return rank_options(
             layer,
-            decompose(layer, known, self.config.objective, centers=centers),
+            decompose(layer, moments, self.config.objective, centers=centers),
             centers=centers,
             align=self.config.align,
             min_saving=self.config.min_saving,
@@ -131,13 +131,13 @@ class LoRDMethod(Method[LoRD]):
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any]:
         """Fill the factors and the bias, and return their errors."""
-        layer, known, module = layer_of(site.modules[0]), statistics.get(site.name), new[site.name]
+        layer, moments, module = layer_of(site.modules[0]), statistics.get(site.name), new[site.name]
         centers = self._centers(layer)
         if handle:
-            cut = Cut.of_tensors(target_of(layer, known, centers=centers), handle)
+            cut = Cut.of_tensors(target_of(layer, moments, centers=centers), handle)
         else:
-            cut = decompose(layer, known, self.config.objective, centers=centers).cut(module.rank)
-        return fill(module, layer, known, cut, centers=centers)
+            cut = decompose(layer, moments, self.config.objective, centers=centers).cut(module.rank)
+        return fill(module, layer, moments, cut, centers=centers)
 
     def _centers(self, layer: Layer) -> bool:
         if self.config.objective == "weight":
@@ -171,45 +171,45 @@ def centers(layer: Layer) -> bool:
 
 
 def decompose(
-    layer: Layer, known: SiteStatistics | None, objective: Objective, *, centers: bool
+    layer: Layer, moments: SiteStatistics | None, objective: Objective, *, centers: bool
 ) -> Decomposition:
     """Decompose a layer under the metric of its inputs, and of its outputs' gradients.
 
     Args:
         layer: linear, an embedding, or a convolution as a matrix of patches.
-        known: its moments; without any, its weights are decomposed as they are.
+        moments: its moments; without any, its weights are decomposed as they are.
         objective: what errors count by.
         centers: leave the mean to the bias.
     """
-    if known is None or objective == "weight":
+    if moments is None or objective == "weight":
         return solve.decompose(layer.matrix())
-    device, matrix = layer.weight.device, target_of(layer, known, centers=centers)
-    C = known.C.to(device)
+    device, matrix = layer.weight.device, target_of(layer, moments, centers=centers)
+    C = moments.C.to(device)
     if centers and C.dim() == 2:
-        mean = known.mean.to(device)
+        mean = moments.mean.to(device)
         C = C - torch.outer(mean, mean)
     if objective == "output":
         return solve.decompose(matrix, C)
-    G = None if known.G is None else known.G.to(device)
-    WtGW = None if known.WtGW is None else known.WtGW.to(device)
+    G = None if moments.G is None else moments.G.to(device)
+    WtGW = None if moments.WtGW is None else moments.WtGW.to(device)
     return solve.decompose(matrix, C, G, WtGW=WtGW, ridge=solve.GRADIENT_RIDGE)
 
 
-def target_of(layer: Layer, known: SiteStatistics | None, *, centers: bool) -> Tensor:
+def target_of(layer: Layer, moments: SiteStatistics | None, *, centers: bool) -> Tensor:
     """Return the matrix that factors stand for, ``(out, in)``, float64.
 
     It is the layer's own, but for an embedding whose bias takes the mean: of one-hot tokens the table without
     its mean row has the same covariance.
     """
     matrix = layer.matrix().double()
-    if known is None or not centers or known.C.dim() == 2:
+    if moments is None or not centers or moments.C.dim() == 2:
         return matrix
-    return matrix - (matrix @ known.mean.to(matrix.device))[:, None]
+    return matrix - (matrix @ moments.mean.to(matrix.device))[:, None]
 
 
 def rank_options(
     layer: Layer,
-    found: Decomposition,
+    decomposition: Decomposition,
     *,
     centers: bool,
     align: int,
@@ -220,7 +220,7 @@ def rank_options(
 
     Args:
         layer: the layer.
-        found: its decomposition.
+        decomposition: its decomposition.
         centers: whether its bias takes the mean, so that it needs one.
         align: ranks are multiples of this.
         min_saving: the least share of its parameters that must go.
@@ -228,11 +228,11 @@ def rank_options(
     """
     rows, columns, dense = layer.out_features, layer.in_features, size_of(layer)
     bias = rows if layer.bias is not None or centers else 0
-    tails = found.total - torch.cumsum(found.energies, 0)
+    tails = decomposition.total - torch.cumsum(decomposition.energies, 0)
     step = min(align, min(rows, columns))
     sizes = {r: r * (rows + columns) + bias for r in range(step, min(rows, columns) + 1, step)}
     ranks = [r for r, size in sizes.items() if size < dense and size <= (1 - min_saving) * dense]
-    handle = found.cut(max(ranks)).tensors() if ranks else {}
+    handle = decomposition.cut(max(ranks)).tensors() if ranks else {}
     return [
         Option(None, dense, 0.0),
         *(Option(r, sizes[r], max(worth * float(tails[r - 1]), 0.0), handle=handle) for r in ranks),
@@ -240,18 +240,18 @@ def rank_options(
 
 
 def fill(
-    module: LowRank, layer: Layer, known: SiteStatistics | None, found: Cut, *, centers: bool
+    module: LowRank, layer: Layer, moments: SiteStatistics | None, cut: Cut, *, centers: bool
 ) -> dict[str, Any]:
     """Fill two factors and their bias with the best of their rank, and return their errors.
 
     Args:
         module: to be filled.
         layer: the layer that they replace.
-        known: the layer's moments; None for plain SVD.
-        found: its leading directions, as many as the rank or more.
+        moments: the layer's moments; None for plain SVD.
+        cut: its leading directions, as many as the rank or more.
         centers: whether the bias takes the mean.
     """
-    factors = found.truncate(module.rank).balanced()
+    factors = cut.truncate(module.rank).balanced()
     weight = layer.matrix().double()
     layer_of(module.second).weight.copy_(factors.B)
     first = layer_of(module.first)
@@ -263,19 +263,19 @@ def fill(
         bias = torch.zeros(layer.out_features, dtype=torch.float64, device=weight.device)
         if layer.bias is not None:
             bias += layer.bias
-        if centers and known is not None:
-            mean = known.mean.to(weight.device)
+        if centers and moments is not None:
+            mean = moments.mean.to(weight.device)
             bias += weight @ mean - factors.B @ (factors.A @ mean)
         module.bias.copy_(bias)
     facts: dict[str, Any] = {
-        "relative error": (found.error(module.rank) / found.total) ** 0.5 if found.total else 0.0,
-        "spectrum": thinned(found.energies / found.total) if found.total else [],
+        "relative error": (cut.error(module.rank) / cut.total) ** 0.5 if cut.total else 0.0,
+        "spectrum": thinned(cut.energies / cut.total) if cut.total else [],
     }
-    if known is not None:
-        facts["tokens"] = known.tokens
-        facts["output error"] = output_error(weight, weight - factors.B @ factors.A, known.C)
-    if found.root is not None:
-        facts.update(ridge=found.root.ridge, condition=found.root.condition, factored=found.root.method)
+    if moments is not None:
+        facts["tokens"] = moments.tokens
+        facts["output error"] = output_error(weight, weight - factors.B @ factors.A, moments.C)
+    if cut.root is not None:
+        facts.update(ridge=cut.root.ridge, condition=cut.root.condition, factored=cut.root.method)
     return facts
 
 

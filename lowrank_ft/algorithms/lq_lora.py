@@ -149,28 +149,28 @@ class LQLoRAMethod(QuantizerMethod):
     ) -> Mapping[str, Any]:
         """Split the weight into both parts, and report how the error fell."""
         (name,), (stock,) = site.names, site.modules
-        host, known = cast(Adapted, new[name]), statistics.get(name)
+        host, moments = cast(Adapted, new[name]), statistics.get(name)
         base, delta = cast(Quantized, host.base), cast(LoRADelta, next(iter(host.deltas.values())))
         layer = layer_of(stock)
-        metric = metric_of(known, self.config.objective, layer.weight.device)
-        found = split(
+        metric = metric_of(moments, self.config.objective, layer.weight.device)
+        parts = split(
             layer.matrix().detach().float(),
             base.scheme,
             metric,
             delta.node.rank,
-            feedback=self.feedback(known, layer.weight.device),
+            feedback=self.feedback(moments, layer.weight.device),
             iterations=self.config.iterations,
             tolerance=self.config.tolerance,
             paper=self.config.mode == "paper",
         )
         base.take(stock)
-        base.store(found.packed)
+        base.store(parts.packed)
         root = delta.node.scale**0.5
         with torch.no_grad():
-            delta.A.copy_(found.factors.A / root)
-            delta.B.copy_(found.factors.B / root)
+            delta.A.copy_(parts.factors.A / root)
+            delta.B.copy_(parts.factors.B / root)
         read = base.matrix(torch.float32) + delta.weight().detach()
-        return {**facts(site, read, [base], known), "errors": [float(f"{e:.6g}") for e in found.errors]}
+        return {**facts(site, read, [base], moments), "errors": [float(f"{e:.6g}") for e in parts.errors]}
 
 
 def split(
@@ -211,5 +211,5 @@ def split(
             break
         factors = corrected
     assert best is not None
-    found = solve.Factors(best[2].B.double(), best[2].A.double())
-    return Split(best[1], found.balanced(), errors)
+    best_factors = solve.Factors(best[2].B.double(), best[2].A.double())
+    return Split(best[1], best_factors.balanced(), errors)

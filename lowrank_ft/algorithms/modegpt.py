@@ -114,7 +114,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         layout = layouts.layout_of(model)
         modules = stock_modules(model)
         layers = {site.names[0]: site for site in chosen}
-        found: list[Site] = []
+        groups: list[Site] = []
         for name in list(layers):
             for role, names in groups_of(layout, name, modules):
                 if name != names[-1]:
@@ -125,8 +125,8 @@ class MoDeGPTMethod(Method[MoDeGPT]):
                     raise TargetError(
                         f"{missing[0]} belongs to the same module as {parts[0]}: target both, or neither."
                     )
-                found.append(Site(names, tuple(modules[n] for n in names), role))
-        taken = {name for site in found for name in site.names}
+                groups.append(Site(names, tuple(modules[n] for n in names), role))
+        taken = {name for site in groups for name in site.names}
         alone = [site for name, site in layers.items() if name not in taken]
         partial = [s.names[0] for s in alone if any(groups_of(layout, s.names[0], modules))]
         if partial:
@@ -135,7 +135,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
                 f"all of them, or none."
             )
         order = {name: i for i, name in enumerate(modules)}
-        return sorted([*found, *alone], key=lambda site: min(order[n] for n in site.layers))
+        return sorted([*groups, *alone], key=lambda site: min(order[n] for n in site.layers))
 
     def check(self, site: Site) -> None:
         """Refuse layers that are not linear."""
@@ -201,27 +201,27 @@ class MoDeGPTMethod(Method[MoDeGPT]):
             return GROUPS[site.role](site).fill(new, statistics, self.config, handle)
         facts = {}
         for name, module in new.items():
-            layer, known = layer_of(site.layers[name]), statistics[name]
+            layer, moments = layer_of(site.layers[name]), statistics[name]
             centers = lord.centers(layer)
             if handle:
-                target = lord.target_of(layer, known, centers=centers)
+                target = lord.target_of(layer, moments, centers=centers)
                 cut = Cut.of_tensors(target, handle, f"{name}.")
             else:
-                cut = lord.decompose(layer, known, "loss", centers=centers).cut(module.rank)
-            facts[name] = lord.fill(cast(LowRank, module), layer, known, cut, centers=centers)
+                cut = lord.decompose(layer, moments, "loss", centers=centers).cut(module.rank)
+            facts[name] = lord.fill(cast(LowRank, module), layer, moments, cut, centers=centers)
         return facts
 
     def _factored(self, site: Site, statistics: Statistics) -> dict[str, list[Option]]:
         """The options of each layer as LoRD by loss has them."""
-        found = {}
+        options = {}
         for name, module in site.layers.items():
             layer = layer_of(module)
             centers = lord.centers(layer)
             decomposed = lord.decompose(layer, statistics[name], "loss", centers=centers)
-            found[name] = lord.rank_options(
+            options[name] = lord.rank_options(
                 layer, decomposed, centers=centers, align=self.config.align, min_saving=0.0
             )
-        return found
+        return options
 
     def _by_entropy(
         self,

@@ -89,11 +89,11 @@ class Group(ABC):
         self.layers = [layer_of(module) for module in site.layers.values()]
         self.place: dict[str, Any] = {"device": self.layers[0].weight.device}
 
-    def known(self, statistics: Statistics, name: str) -> SiteStatistics:
+    def moments_of(self, statistics: Statistics, name: str) -> SiteStatistics:
         """Return the statistics of a layer, on the layer's device."""
-        found = statistics[name]
-        tensors = {what: getattr(found, what) for what in ("C", "mean", "G", "WtGW", "G_q", "G_k")}
-        return replace(found, **{k: t.to(**self.place) for k, t in tensors.items() if t is not None})
+        moments = statistics[name]
+        tensors = {what: getattr(moments, what) for what in ("C", "mean", "G", "WtGW", "G_q", "G_k")}
+        return replace(moments, **{k: t.to(**self.place) for k, t in tensors.items() if t is not None})
 
     @abstractmethod
     def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
@@ -149,15 +149,15 @@ def _matrix(layer: Layer) -> Tensor:
     return layer.matrix().detach().double()
 
 
-def _pulled(layer: Layer, known: SiteStatistics, config: Cutting) -> Tensor:
+def _pulled(layer: Layer, moments: SiteStatistics, config: Cutting) -> Tensor:
     """``Wᵀ G W``, G with its ridge; G is the identity in the paper's recipe."""
     if config.recipe == "paper":
         return solve.gram_under(_matrix(layer))
-    return solve.gram_under(_matrix(layer), known.G, known.WtGW, solve.GRADIENT_RIDGE)
+    return solve.gram_under(_matrix(layer), moments.G, moments.WtGW, solve.GRADIENT_RIDGE)
 
 
-def _moment(known: SiteStatistics, centered: bool) -> Tensor:
-    return known.C - torch.outer(known.mean, known.mean) if centered else known.C
+def _moment(moments: SiteStatistics, centered: bool) -> Tensor:
+    return moments.C - torch.outer(moments.mean, moments.mean) if centered else moments.C
 
 
 class Mlp(Group):
@@ -198,7 +198,7 @@ class Mlp(Group):
         refitted, root = solve.nystrom_refit(weight, C, kept)
         bias = self.down.bias
         if bias is not None and self._centered(config):
-            mean = self.known(statistics, self.names[-1]).mean
+            mean = self.moments_of(statistics, self.names[-1]).mean
             bias = bias.double() + weight @ mean - refitted @ mean[kept]
         down.fill(refitted, bias, columns=kept)
         width = self.down.in_features
@@ -222,12 +222,12 @@ class Mlp(Group):
 
     def _channels(self, statistics: Statistics, config: Cutting) -> Tensor:
         """The channels' second moment."""
-        return _moment(self.known(statistics, self.names[-1]), self._centered(config))
+        return _moment(self.moments_of(statistics, self.names[-1]), self._centered(config))
 
     def _ordered(self, statistics: Statistics, config: Cutting) -> dict[str, Tensor]:
         """The channels' ``order``, the dearest first, and the ``errors`` of keeping 0, 1, … of them."""
         C = self._channels(statistics, config)
-        K = _pulled(self.down, self.known(statistics, self.names[-1]), config)
+        K = _pulled(self.down, self.moments_of(statistics, self.names[-1]), config)
         selection = config.selection or {"loss": "loss", "paper": "leverage"}[config.recipe]
         if selection == "leverage":
             order = solve.leverage_scores(C).argsort(descending=True, stable=True)
@@ -254,9 +254,9 @@ class Heads(Group):
 
 
 def _attention(module: nn.Module) -> layouts.Attention:
-    found = layouts.LAYOUTS[cast(Any, module).config.model_type].attention
-    assert found is not None
-    return found
+    attention = layouts.LAYOUTS[cast(Any, module).config.model_type].attention
+    assert attention is not None
+    return attention
 
 
 def _inside(attention: layouts.Attention, part: str) -> str:
@@ -290,12 +290,12 @@ class QueryKey(Heads):
         order, H = self._order(statistics, config)
         step = max(self.unit, min(config.align, self.width) // self.unit * self.unit)
         heads = torch.arange(self.key_heads, **self.place)[:, None]
-        found = []
+        options = []
         for rank in range(step, self.width, step):
             out = (heads * self.units + order[:, rank // self.unit :]).flatten()
             loss = 0.5 * float(H[out][:, out].sum())
-            found.append(Option(rank, _size(self.structure(rank)), max(loss, 0.0), handle={"order": order}))
-        return found
+            options.append(Option(rank, _size(self.structure(rank)), max(loss, 0.0), handle={"order": order}))
+        return options
 
     def fill(
         self,
@@ -328,7 +328,7 @@ class QueryKey(Heads):
             score = scores[0] * scores[1]  # (C_Q,jj + C_Q,j'j') (C_K,jj + C_K,j'j'), summed over the group
             order = score.view(self.key_heads, self.units).argsort(dim=1, descending=True, stable=True)
             return order, torch.diag(score)
-        G_q, G_k = (self._gradient(self.known(statistics, name)) for name in self.names)
+        G_q, G_k = (self._gradient(self.moments_of(statistics, name)) for name in self.names)
         H = 0.5 * (self._by_unit(G_q * q) + self._by_unit(G_k * k))
         orders = []
         for head in range(self.key_heads):
@@ -338,17 +338,17 @@ class QueryKey(Heads):
 
     def _moment(self, name: str, layer: Layer, statistics: Statistics) -> Tensor:
         """The second moment of a projection's output, before any rotation."""
-        known, W = self.known(statistics, name), _matrix(layer)
-        C = W @ known.C @ W.T
+        moments, W = self.moments_of(statistics, name), _matrix(layer)
+        C = W @ moments.C @ W.T
         if layer.bias is not None:
-            bias, shift = layer.bias.detach().double(), W @ known.mean
+            bias, shift = layer.bias.detach().double(), W @ moments.mean
             C = C + torch.outer(shift, bias) + torch.outer(bias, shift + bias)
         return C
 
     @staticmethod
-    def _gradient(known: SiteStatistics) -> Tensor:
-        assert known.G is not None
-        return solve.with_ridge(known.G, solve.GRADIENT_RIDGE * float(known.G.diagonal().mean()))
+    def _gradient(moments: SiteStatistics) -> Tensor:
+        assert moments.G is not None
+        return solve.with_ridge(moments.G, solve.GRADIENT_RIDGE * float(moments.G.diagonal().mean()))
 
     def _by_unit(self, matrix: Tensor) -> Tensor:
         """Sum the rows and columns of each unit, over the query heads of a key head."""
@@ -405,24 +405,24 @@ class ValueOutput(Heads):
         handle = handle or self._worked_out(statistics, config)
         errors = handle["errors"]
         T, back = self._on_diagonal(handle)
-        known = self.known(statistics, self.names[1])
-        W, C = _matrix(self.o) @ back, T @ self._output_moment(known) @ T.T
+        moments = self.moments_of(statistics, self.names[1])
+        W, C = _matrix(self.o) @ back, T @ self._output_moment(moments) @ T.T
         first = torch.arange(self.width, **self.place) < rank
         rows, columns = (first.repeat(heads).nonzero().flatten() for heads in (self.key_heads, self.heads))
         # T repeats each key head's basis for every query head of its group.
         own = _diagonal_blocks(T, self.heads)[:: self.group, :rank]
         new[self.names[0]].fill(_block_diagonal(own) @ _matrix(self.v), rows=rows)
         out = solve.nystrom_refit(W, C, columns)[0] if config.recipe == "loss" else W[:, columns]
-        bias = self._output_bias(_matrix(self.o), out @ T[columns], known, config)
+        bias = self._output_bias(_matrix(self.o), out @ T[columns], moments, config)
         new[self.names[1]].fill(out, bias, columns=columns)
         total = float(errors[0])
         return {
             "relative error": math.sqrt(float(errors[rank]) / total) if total else 0.0,
-            "tokens": known.tokens,
+            "tokens": moments.tokens,
         }
 
     def _output_bias(
-        self, weight: Tensor, kept: Tensor, known: SiteStatistics, config: Cutting
+        self, weight: Tensor, kept: Tensor, moments: SiteStatistics, config: Cutting
     ) -> Tensor | None:
         """O's bias: its own, V's carried through (softmax rows add up to one), and the mean error.
 
@@ -440,10 +440,10 @@ class ValueOutput(Heads):
             carried = per_head.repeat_interleave(self.group, 0).flatten()
         if config.recipe == "paper":
             return bias + weight @ carried
-        return bias + weight @ known.mean - kept @ (known.mean - carried)
+        return bias + weight @ moments.mean - kept @ (moments.mean - carried)
 
-    def _output_moment(self, known: SiteStatistics) -> Tensor:
-        return _moment(known, self.v.bias is not None or self.o.bias is not None)
+    def _output_moment(self, moments: SiteStatistics) -> Tensor:
+        return _moment(moments, self.v.bias is not None or self.o.bias is not None)
 
     def _bases(self, statistics: Statistics, config: Cutting) -> tuple[Tensor, Tensor]:
         """For each key head T and T⁻¹, ``(key heads, h, h)``: T's first rows are the dimensions to keep.
@@ -452,15 +452,15 @@ class ValueOutput(Heads):
         query heads do with them, T is ``Aᵀ L⁻¹`` for A the eigenvectors of ``Lᵀ K L``: the joint optimum over
         the group for one N. The paper takes N from the projection (no bias), we from what attention gives.
         """
-        known = self.known(statistics, self.names[1])
-        across = _diagonal_blocks(_pulled(self.o, known, config), self.heads)
+        moments = self.moments_of(statistics, self.names[1])
+        across = _diagonal_blocks(_pulled(self.o, moments, config), self.heads)
         K = across.view(self.key_heads, self.group, self.width, self.width).sum(1)
         if config.recipe == "loss":
-            own = _diagonal_blocks(self._output_moment(known), self.heads)
+            own = _diagonal_blocks(self._output_moment(moments), self.heads)
             N = own.view(self.key_heads, self.group, self.width, self.width).mean(1)
         else:
             V = _matrix(self.v).view(self.key_heads, self.width, -1)
-            N = V @ self.known(statistics, self.names[0]).C @ V.mT
+            N = V @ self.moments_of(statistics, self.names[0]).C @ V.mT
         forward, backward = [], []
         for n, k in zip(N, K, strict=True):
             if not n.trace() > 0:  # this head was pruned: any basis will do
@@ -479,8 +479,8 @@ class ValueOutput(Heads):
         forward, backward = self._bases(statistics, config)
         bases = {"forward": forward, "backward": backward}
         T, back = self._on_diagonal(bases)
-        known = self.known(statistics, self.names[1])
-        C, K = T @ self._output_moment(known) @ T.T, back.T @ _pulled(self.o, known, config) @ back
+        moments = self.moments_of(statistics, self.names[1])
+        C, K = T @ self._output_moment(moments) @ T.T, back.T @ _pulled(self.o, moments, config) @ back
         by_rank = torch.arange(len(C), **self.place).view(self.heads, self.width).T.flatten()
         return {**bases, "errors": solve.nystrom_errors(C, K, by_rank)[:: self.heads]}
 
@@ -513,13 +513,13 @@ class FusedAttention(Group):
         sizes = tuple(cast(ResizedNode, nodes[part]).out_features for part in self.parts)
         parts = _attention(self.attention)
         node = AttentionNode("", "", "", _inside(parts, parts.o), _inside(parts, parts.qkv), sizes)
-        found: dict[str, Node] = {
+        nodes_of_group: dict[str, Node] = {
             self.site.names[0]: node,
             self.names[0]: _resized(self.qkv, rows=sum(sizes)),
         }
         if ranks[VO] < self.width:
-            found[self.names[1]] = nodes["o"]
-        return found
+            nodes_of_group[self.names[1]] = nodes["o"]
+        return nodes_of_group
 
     def _nodes(self, ranks: Ranks) -> dict[str, Node]:
         """The parts as layers of their own."""
@@ -531,8 +531,8 @@ class FusedAttention(Group):
         return nodes
 
     def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
-        known = self._known(statistics)
-        qk, vo = self.qk.options(known, config), self.vo.options(known, config)
+        moments = self._moments_of_parts(statistics)
+        qk, vo = self.qk.options(moments, config), self.vo.options(moments, config)
         if config.shares == "loss":
             whole = [Option(None, sum(map(lord.size_of, g.layers)), 0.0) for g in (self.qk, self.vo)]
             pairs = combined({QK: [whole[0], *qk], VO: [whole[1], *vo]})
@@ -565,17 +565,17 @@ class FusedAttention(Group):
         config: Cutting,
         handle: Handle | None = None,
     ) -> dict[str, Any]:
-        known, ranks = self._known(statistics), self._ranks(new)
+        moments, ranks = self._moments_of_parts(statistics), self._ranks(new)
         nodes = self._nodes(ranks)
         built: dict[str, Any] = {name: nodes[name].build(part) for name, part in self.parts.items()}
         for name, part in self.parts.items():  # an uncut part is copied here; cut parts are filled below
             if built[name].rows is None:
                 built[name].fill(layer_of(part).matrix(), layer_of(part).bias)
-        facts: dict[str, Any] = {"tokens": known["q"].tokens}
+        facts: dict[str, Any] = {"tokens": moments["q"].tokens}
         if ranks[QK] < self.width:
-            self.qk.fill(built, known, config, _within(handle, QK))
+            self.qk.fill(built, moments, config, _within(handle, QK))
         if ranks[VO] < self.width:
-            facts |= self.vo.fill({**built, "o": new[self.names[1]]}, known, config, _within(handle, VO))
+            facts |= self.vo.fill({**built, "o": new[self.names[1]]}, moments, config, _within(handle, VO))
         biases, rows = [], []
         for layer, outputs in zip(built.values(), self._rows(), strict=True):
             biases.append(layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias)
@@ -596,7 +596,7 @@ class FusedAttention(Group):
         left = new[self.names[0]].out_features - key_heads * vo
         return {QK: left // (heads + key_heads), VO: vo}
 
-    def _known(self, statistics: Statistics) -> dict[str, SiteStatistics]:
+    def _moments_of_parts(self, statistics: Statistics) -> dict[str, SiteStatistics]:
         """What is known of the parts, as of layers."""
         both = statistics[self.names[0]]
         q, k = (replace(both, G=G, WtGW=None, G_q=None, G_k=None) for G in (both.G_q, both.G_k))

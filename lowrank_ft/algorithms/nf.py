@@ -162,11 +162,11 @@ class QuantizerMethod(Method[Any]):
             return []
         schemes = program.grid(self.config.scheme, self.config.grid)
         totals: dict[tuple[Scheme, int | None], Option] = {}
-        for module, known in leaves(site.modules[0], statistics.get(site.name)):
+        for module, moments in leaves(site.modules[0], statistics.get(site.name)):
             layer = layer_of(module)
             matrix = program.Matrix(
                 layer.matrix().detach().float(),
-                metric_of(known, self.config.objective, layer.weight.device),
+                metric_of(moments, self.config.objective, layer.weight.device),
                 self.ranks(site),
                 self.factor_bits(site),
             )
@@ -222,12 +222,12 @@ class QuantizerMethod(Method[Any]):
             return {site.names[0]: LowRankNode(module.rank, module.bias is not None, first, second)}
         return {site.names[0]: _stored(module, share.scheme)}
 
-    def feedback(self, known: SiteStatistics | None, device: torch.device) -> Feedback | None:
+    def feedback(self, moments: SiteStatistics | None, device: torch.device) -> Feedback | None:
         """Return the error feedback for rounding, if the options ask for it."""
         if self.config.rounding == "nearest":
             return None
-        assert known is not None
-        C = known.C if known.C_weighted is None else known.C_weighted
+        assert moments is not None
+        C = moments.C if moments.C_weighted is None else moments.C_weighted
         return Feedback.under(C.to(device))
 
 
@@ -244,16 +244,16 @@ class NFMethod(QuantizerMethod):
     ) -> Mapping[str, Any]:
         """Store the weights, and return their errors."""
         (name,), (module,) = site.names, site.modules
-        known = statistics.get(name)
+        moments = statistics.get(name)
         targets = [new[name].first, new[name].second] if isinstance(module, LowRank) else [new[name]]
-        for target, (stock, its) in zip(targets, leaves(module, known), strict=True):
+        for target, (stock, its) in zip(targets, leaves(module, moments), strict=True):
             layer = layer_of(stock)
             target.take(stock)
             target.fill(layer.matrix(), self.feedback(its, layer.weight.device))
-        return facts(site, layer_of(new[name]).matrix(), targets, known)
+        return facts(site, layer_of(new[name]).matrix(), targets, moments)
 
 
-def metric_of(known: SiteStatistics | None, objective: Weighing, device: torch.device) -> Metric:
+def metric_of(moments: SiteStatistics | None, objective: Weighing, device: torch.device) -> Metric:
     """Return what weighs the errors of one layer under an objective.
 
     ``fisher``: ``diag(row means) ⊗ diag(column means)`` of the squared gradient, over its mean, so that
@@ -267,55 +267,57 @@ def metric_of(known: SiteStatistics | None, objective: Weighing, device: torch.d
     """
     if objective == "weight":
         return Metric()
-    if known is None:
+    if moments is None:
         raise ConfigError(f"objective={objective!r} needs calibration data.")
     if objective == "fisher":
-        if known.fisher_rows is None or known.fisher_columns is None:
+        if moments.fisher_rows is None or moments.fisher_columns is None:
             raise ConfigError("objective='fisher' is for linear layers: exclude the others.")
-        mean = known.fisher_rows.mean().clamp_min(1e-300)
-        return Metric(known.fisher_rows.to(device), (known.fisher_columns / mean).to(device))
-    C = known.C.to(device)
+        mean = moments.fisher_rows.mean().clamp_min(1e-300)
+        return Metric(moments.fisher_rows.to(device), (moments.fisher_columns / mean).to(device))
+    C = moments.C.to(device)
     if objective == "activation":
         return Metric(None, C)
-    G = known.G if known.G is not None else known.G_diagonal
+    G = moments.G if moments.G is not None else moments.G_diagonal
     assert G is not None
-    return Metric(G.to(device), C if known.C_weighted is None else known.C_weighted.to(device), 0.5)
+    return Metric(G.to(device), C if moments.C_weighted is None else moments.C_weighted.to(device), 0.5)
 
 
-def leaves(module: nn.Module, known: SiteStatistics | None) -> list[tuple[nn.Module, SiteStatistics | None]]:
+def leaves(
+    module: nn.Module, moments: SiteStatistics | None
+) -> list[tuple[nn.Module, SiteStatistics | None]]:
     """Return the layers that hold a site's weights, with their statistics; of a factored layer both factors.
 
     With ``W = B A``: the second factor sees ``A x``, of second moment ``A C Aᵀ``; the first factor's output
     has the gradient ``Bᵀ g``, of second moment ``Bᵀ G B``. The Fisher matrix's means are not known there.
     """
     if not isinstance(module, LowRank):
-        return [(module, known)]
-    if known is None:
+        return [(module, moments)]
+    if moments is None:
         return [(module.first, None), (module.second, None)]
     B, A = (factor.detach().double() for factor in module.factors())
-    if known.fisher_rows is not None:
+    if moments.fisher_rows is not None:
         raise ConfigError("objective='fisher' knows nothing of factors: use 'activation' or 'loss'.")
-    G = known.G
-    if G is None and known.G_diagonal is not None:
-        G = torch.diag(known.G_diagonal)
-    C, mean = known.C.to(A.device), known.mean.to(A.device)
-    weighted = None if known.C_weighted is None else known.C_weighted.to(A.device)
+    G = moments.G
+    if G is None and moments.G_diagonal is not None:
+        G = torch.diag(moments.G_diagonal)
+    C, mean = moments.C.to(A.device), moments.mean.to(A.device)
+    weighted = None if moments.C_weighted is None else moments.C_weighted.to(A.device)
     first = SiteStatistics(
-        known.tokens, C, mean, G=None if G is None else B.T @ G.to(B.device) @ B, C_weighted=weighted
+        moments.tokens, C, mean, G=None if G is None else B.T @ G.to(B.device) @ B, C_weighted=weighted
     )
     second = SiteStatistics(
-        known.tokens,
+        moments.tokens,
         A @ C @ A.T,
         A @ mean,
-        G=known.G,
-        G_diagonal=known.G_diagonal,
+        G=moments.G,
+        G_diagonal=moments.G_diagonal,
         C_weighted=None if weighted is None else A @ weighted @ A.T,
     )
     return [(module.first, first), (module.second, second)]
 
 
 def facts(
-    site: Site, read: Tensor, stored: Sequence[Quantized], known: SiteStatistics | None
+    site: Site, read: Tensor, stored: Sequence[Quantized], moments: SiteStatistics | None
 ) -> dict[str, Any]:
     """Return what the report says of a stored site.
 
@@ -323,19 +325,19 @@ def facts(
         site: the layer before.
         read: the matrix that is read from storage now.
         stored: its quantised layers.
-        known: the layer's moments.
+        moments: the layer's moments.
     """
     weight = layer_of(site.modules[0]).matrix().double()
     left = weight - read.double()
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "scheme": stored[0].scheme.label,
         "relative error": float(left.norm() / weight.norm().clamp_min(1e-300)),
         "bits": 8 * sum(m.stored_bytes for m in stored) / sum(m.weights for m in stored),
     }
-    if known is not None:
-        found["tokens"] = known.tokens
-        found["output error"] = lord.output_error(weight, left, known.C)
-    return found
+    if moments is not None:
+        report["tokens"] = moments.tokens
+        report["output error"] = lord.output_error(weight, left, moments.C)
+    return report
 
 
 def _stored(module: nn.Module, scheme: Scheme) -> QuantizedNode:

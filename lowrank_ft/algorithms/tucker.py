@@ -89,11 +89,11 @@ class TuckerMethod(Method[Tucker]):
 
         Only those on the way down: a larger pair with a larger error is left out.
         """
-        layer, known = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(site.name)
-        sides = {"out": self._outer(layer, known)}
+        layer, moments = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(site.name)
+        sides = {"out": self._outer(layer, moments)}
         if has_inner(layer):
-            sides["in"] = self._inner(layer, known)
-        tails = {side: tails_of(found) for side, found in sides.items()}
+            sides["in"] = self._inner(layer, moments)
+        tails = {side: tails_of(decomposition) for side, decomposition in sides.items()}
         channels = {"out": layer.out_features, "in": layer.module.in_channels}
         choices: dict[str, list[int | None]] = {"in": [None]}
         for side, tail in tails.items():
@@ -103,10 +103,10 @@ class TuckerMethod(Method[Tucker]):
                 choices[side] = [self._keeping(tail, choices[side])]
         options = undominated(self._pairs(layer, choices, tails))
         handle: dict[str, Tensor] = {}
-        for side, found in sides.items():
+        for side, decomposition in sides.items():
             ranks = [o.rank if side == "out" else o.ranks.get("in") for o in options]
             largest = max((rank for rank in ranks if rank is not None), default=0)
-            handle |= found.cut(largest).tensors(f"{side}.") if largest else {}
+            handle |= decomposition.cut(largest).tensors(f"{side}.") if largest else {}
         return [replace(option, handle=handle) for option in options]
 
     def _pairs(
@@ -158,10 +158,10 @@ class TuckerMethod(Method[Tucker]):
     ) -> Mapping[str, Any]:
         """Fill the factors, and return their errors."""
         (name,) = site.names
-        layer, known = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(name)
+        layer, moments = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(name)
         module = cast(TuckerConv, new[name])
         node = module.structure()
-        outer, core, inner = self._decompose(layer, known, node, handle or {})
+        outer, core, inner = self._decompose(layer, moments, node, handle or {})
         module.core.weight.copy_(core)
         if module.inner is not None and inner is not None:
             module.inner.weight.copy_(inner.T.reshape(module.inner.weight.shape))
@@ -175,28 +175,28 @@ class TuckerMethod(Method[Tucker]):
             "relative error": float(left.norm() / weight.norm().clamp_min(1e-300)),
             "ranks": {"out": node.rank_out, "in": node.rank_in},
         }
-        if known is not None:
-            facts["tokens"] = known.tokens
-            facts["output error"] = lord.output_error(weight, left, known.C)
+        if moments is not None:
+            facts["tokens"] = moments.tokens
+            facts["output error"] = lord.output_error(weight, left, moments.C)
         return facts
 
     def _decompose(
-        self, layer: ConvLayer, known: SiteStatistics | None, node: TuckerNode, handle: Handle
+        self, layer: ConvLayer, moments: SiteStatistics | None, node: TuckerNode, handle: Handle
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Return the outer factor ``(out, r)``, the core, and the inner factor ``(in, r)``."""
         kernel = layer.weight.shape[2:]
-        if known is None:
+        if moments is None:
             return self._hosvd(layer, node, handle)
-        core, inner, metric = layer.weight.double(), None, metric_of(layer, known, self._by_loss)
+        core, inner, metric = layer.weight.double(), None, metric_of(layer, moments, self._by_loss)
         if node.rank_in is not None:
-            channels = self._cut("in", layer, known, node.rank_in, handle).truncate(node.rank_in)
+            channels = self._cut("in", layer, moments, node.rank_in, handle).truncate(node.rank_in)
             core = channels.B.reshape(layer.out_features, *kernel, node.rank_in).movedim(-1, 1)
             inner = channels.A.T
             metric = through(metric, channels.A, kernel.numel())
         if node.rank_out is None:
             return None, core, inner
         if node.rank_in is None:
-            both = self._cut("out", layer, known, node.rank_out, handle).truncate(node.rank_out)
+            both = self._cut("out", layer, moments, node.rank_out, handle).truncate(node.rank_out)
         else:  # behind the inner factor there is a new matrix, which the options did not decompose
             WtGW = metric.WtGW if metric.left is None else None  # G is more exact, where it is known
             both = solve.decompose(
@@ -222,28 +222,28 @@ class TuckerMethod(Method[Tucker]):
         return outer, solve.tucker(layer.weight.double(), [*backwards, *rest]), inner
 
     def _cut(
-        self, side: str, layer: ConvLayer, known: SiteStatistics | None, rank: int, handle: Handle
+        self, side: str, layer: ConvLayer, moments: SiteStatistics | None, rank: int, handle: Handle
     ) -> Cut:
         """Return the leading directions of one side: those of the options, or worked out again."""
         if handle:
             matrix = layer.matrix() if side == "out" else stacked(layer)
             return Cut.of_tensors(matrix, handle, f"{side}.")
-        return (self._outer if side == "out" else self._inner)(layer, known).cut(rank)
+        return (self._outer if side == "out" else self._inner)(layer, moments).cut(rank)
 
     @property
     def _by_loss(self) -> bool:
         return self.config.objective == "loss"
 
-    def _outer(self, layer: ConvLayer, known: SiteStatistics | None) -> Decomposition:
+    def _outer(self, layer: ConvLayer, moments: SiteStatistics | None) -> Decomposition:
         """The kernel as a matrix of patches, decomposed under their metric."""
-        return lord.decompose(layer, known, self.config.objective, centers=False)
+        return lord.decompose(layer, moments, self.config.objective, centers=False)
 
-    def _inner(self, layer: ConvLayer, known: SiteStatistics | None) -> Decomposition:
+    def _inner(self, layer: ConvLayer, moments: SiteStatistics | None) -> Decomposition:
         """The kernels at every offset, one above the other, decomposed under the channels' metric."""
         stack = stacked(layer)
-        if known is None:
+        if moments is None:
             return solve.decompose(stack)
-        metric = metric_of(layer, known, self._by_loss)
+        metric = metric_of(layer, moments, self._by_loss)
         assert metric.right is not None
         kernel = layer.weight[0, 0].numel()
         C = by_channel(metric.right, kernel) / kernel
@@ -256,24 +256,26 @@ def stacked(layer: ConvLayer) -> Tensor:
     return layer.weight.detach().double().movedim(1, -1).flatten(0, -2)
 
 
-def tails_of(found: Decomposition) -> Tensor:
+def tails_of(decomposition: Decomposition) -> Tensor:
     """Return the squared weighted error of every rank, from 0 to all."""
-    kept = torch.cumsum(found.energies, 0)
-    return torch.cat([kept.new_full((1,), found.total), found.total - kept]).clamp_min(0).cpu()
+    kept = torch.cumsum(decomposition.energies, 0)
+    return (
+        torch.cat([kept.new_full((1,), decomposition.total), decomposition.total - kept]).clamp_min(0).cpu()
+    )
 
 
-def metric_of(layer: ConvLayer, known: SiteStatistics, by_loss: bool) -> Metric:
+def metric_of(layer: ConvLayer, moments: SiteStatistics, by_loss: bool) -> Metric:
     """Return what weighs the errors of a convolution's matrix ``(out, in · k…)``.
 
     On the right the second moment of the patches; by the loss, on the left that of the output's gradient,
     and ``Wᵀ G W`` as well.
     """
     device, weight = layer.weight.device, layer.matrix().double()
-    C = known.C.to(device)
+    C = moments.C.to(device)
     if not by_loss:
         return Metric(right=C)
-    G = None if known.G is None else known.G.to(device)
-    WtGW = None if known.WtGW is None else known.WtGW.to(device)
+    G = None if moments.G is None else moments.G.to(device)
+    WtGW = None if moments.WtGW is None else moments.WtGW.to(device)
     if WtGW is None and G is not None:
         WtGW = weight.T @ G @ weight
     return Metric(G, C, WtGW=WtGW)

@@ -173,9 +173,9 @@ def mlp_of(layout: Layout, name: str, names: Container[str]) -> tuple[str, ...]:
     """
     parts = [part for part in (layout.gate, layout.up, layout.down) if part]
     for part in parts:
-        found = tuple(f"{name.removesuffix(part)}{other}" for other in parts)
-        if name.endswith(f".{part}") and all(other in names for other in found):
-            return found
+        layers = tuple(f"{name.removesuffix(part)}{other}" for other in parts)
+        if name.endswith(f".{part}") and all(other in names for other in layers):
+            return layers
     return ()
 
 
@@ -193,8 +193,8 @@ def attention_of(layout: Layout, name: str, names: Container[str]) -> str | None
     ):
         if part and name.endswith(f".{part}"):
             assert attention is not None
-            found = f"{name.removesuffix(part)}{attention.name}"
-            return found if found in names else None
+            owner = f"{name.removesuffix(part)}{attention.name}"
+            return owner if owner in names else None
     return None
 
 

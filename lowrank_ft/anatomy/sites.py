@@ -69,7 +69,7 @@ def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     For a host of adapters its base is returned, under the host's name. The root is left out.
     """
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, name: str) -> None:
@@ -79,14 +79,14 @@ def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(id(module))
         if name:
-            found[name] = module
+            modules[name] = module
         if isinstance(module, Replacement) and not isinstance(module, Container):
             return  # a compressed layer counts as one layer; its parts are not listed
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}" if name else child_name)
 
     visit(model, "")
-    return found
+    return modules
 
 
 def select(
@@ -160,13 +160,13 @@ def find_modules(model: nn.Module, patterns: Sequence[str], what: str) -> dict[s
         TargetError: a pattern that matches nothing.
     """
     modules = stock_modules(model)
-    found: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
     for pattern in patterns:
         hits = {n: m for n, m in modules.items() if matches(pattern, n)}
         if not hits:
             raise TargetError(f"{what} {pattern!r} matches no module. {_nearest(pattern, list(modules))}")
-        found.update(hits)
-    return {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+        outermost.update(hits)
+    return {n: m for n, m in outermost.items() if not any(n.startswith(f"{other}.") for other in outermost)}
 
 
 def _matches(

@@ -114,12 +114,12 @@ def _chained_inputs(
             states = [run(i) for i in range(len(batches))]
         else:
             listener = _Listener(modules, missing, None if is_end else chain.blocks[k])
-            found = []
+            outputs = []
             for i, batch in enumerate(batches):
                 with listener.listening(batch):
-                    found.append(run(i))
-                listener.compare(found[-1])
-            states = found
+                    outputs.append(run(i))
+                listener.compare(outputs[-1])
+            states = outputs
             store.put(f"{k:04d}", listener.tensors(), listener.leaders)
         names = wanted & store.names()
         waiting -= names
@@ -196,13 +196,13 @@ class _Listener:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the statistics by name and quantity."""
-        found = {}
+        tensors = {}
         for name, running in self.moments.items():
-            found[f"{name}|C"], found[f"{name}|mean"] = running.second(name).cpu(), running.mean().cpu()
-            found[f"{name}|tokens"] = torch.tensor(running.tokens)
+            tensors[f"{name}|C"], tensors[f"{name}|mean"] = running.second(name).cpu(), running.mean().cpu()
+            tensors[f"{name}|tokens"] = torch.tensor(running.tokens)
         if self.count:
-            found["block|influence"] = torch.tensor(self.distance / self.count, dtype=torch.float64)
-        return found
+            tensors["block|influence"] = torch.tensor(self.distance / self.count, dtype=torch.float64)
+        return tensors
 
 
 # Backward ---------------------------------------------------------------------------------------------------

@@ -45,22 +45,22 @@ def _labels(name: str, config: Any) -> dict[str, str] | None:
 
 def check(model: nn.Module, expected: Mapping[str, Any], replaced: Collection[str] = ()) -> None:
     """Raise ``CheckpointError`` unless the model's base is the one that was recorded."""
-    found = identify(model, replaced)
+    present = identify(model, replaced)
     made_for = f"{expected.get('class')} {expected.get('name_or_path') or ''}".strip()
-    if found["structure"] != expected.get("structure"):
+    if present["structure"] != expected.get("structure"):
         raise CheckpointError(
             f"The adapter was made for another model: {made_for}, {expected.get('parameters')} parameters. "
-            f"This is a {found['class']} with {found['parameters']} parameters, or other names or shapes."
+            f"This is a {present['class']} with {present['parameters']} parameters, or other names or shapes."
         )
-    if found["digest"] is None:
+    if present["digest"] is None:
         raise StateError(
             "Weights of the base model are on the meta device (offloaded, or not loaded), so it cannot be "
             "compared with the one the adapter was made for. Load them, or pass check_base=False."
         )
-    if expected.get("digest") is not None and found["digest"] != expected["digest"]:
+    if expected.get("digest") is not None and present["digest"] != expected["digest"]:
         hint = ""
-        if found["dtype"] != expected.get("dtype"):
-            hint = f" It was {expected.get('dtype')} and is {found['dtype']} now, which may be the reason."
+        if present["dtype"] != expected.get("dtype"):
+            hint = f" It was {expected.get('dtype')} and is {present['dtype']} now, which may be the reason."
         raise CheckpointError(
             f"The adapter was made for other weights of {made_for}: the digest of the base differs.{hint} "
             f"Load the base it was trained on, or pass check_base=False to put it on this one."

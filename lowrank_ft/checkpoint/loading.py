@@ -44,7 +44,7 @@ def load_tokenizer(path: str) -> Any:
 
 def with_head(cls: Any, path: str, dtype: str, names: Mapping[Any, str]) -> Any:
     """Load a classifier whose head may be of another size than the one that was saved, and nothing else."""
-    model, found = cls.from_pretrained(
+    model, loading = cls.from_pretrained(
         path,
         dtype=dtype_of(dtype),
         ignore_mismatched_sizes=True,
@@ -52,7 +52,7 @@ def with_head(cls: Any, path: str, dtype: str, names: Mapping[Any, str]) -> Any:
         **label_options(names),
     )
     heads = tuple(f"{name}." for name in layouts.head_names(model))
-    wrong = sorted(str(key) for key, *_ in found["mismatched_keys"] if not key.startswith(heads))
+    wrong = sorted(str(key) for key, *_ in loading["mismatched_keys"] if not key.startswith(heads))
     if wrong:
         raise ConfigError(f"{path} does not fit its own config: {wrong[0]} and {len(wrong) - 1} more differ.")
     return model

@@ -44,14 +44,14 @@ def save_adapters(
     figures: Mapping[str, Any] | None,
 ) -> None:
     """Write the adapters ``names`` of a model whose base is untouched."""
-    found = engine.hosts(model)
+    hosts = engine.hosts(model)
     structure: Manifest = {}
     packed: dict[str, Tensor] = {}
     for name in names:
-        held = {path: host for path, host in found.items() if name in host.parts}
+        held = {path: host for path, host in hosts.items() if name in host.parts}
         nodes = {path: host.nodes[name] for path, host in held.items()}
         packed.update(tensors.pack(name, nodes, {path: host.parts[name] for path, host in held.items()}))
-    for path, host in found.items():
+    for path, host in hosts.items():
         node = _restricted(host, names)
         if node is not None:
             structure[path] = node
@@ -110,13 +110,13 @@ def save_model(
 
 def versions() -> dict[str, str]:
     """Return the versions that matter when numbers are to be reproduced."""
-    found = {"lowrank_ft": __version__, "python": platform.python_version()}
+    packages = {"lowrank_ft": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers"):
         try:
-            found[package] = version(package)
+            packages[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return packages
 
 
 def _restricted(host: Host, names: tuple[str, ...]) -> Node | None:
@@ -183,10 +183,10 @@ def _load_adapters(
     if check_base:
         base_model.check(model, index.get("base") or {}, _replaced(structure))
     packed = _read(directory / ADAPTER_FILE)
-    known = {key.partition(".")[0] for key in packed}
-    if known != set(nodes):
+    adapters = {key.partition(".")[0] for key in packed}
+    if adapters != set(nodes):
         raise CheckpointError(
-            f"{ADAPTER_FILE} holds the adapters {sorted(known)}, the manifest {sorted(nodes)}."
+            f"{ADAPTER_FILE} holds the adapters {sorted(adapters)}, the manifest {sorted(nodes)}."
         )
 
     built = {}

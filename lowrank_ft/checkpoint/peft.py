@@ -400,7 +400,7 @@ def _check_shapes(values: Tensors, shells: Mapping[str, nn.Module]) -> None:
         for key, tensor in part.state_dict().items():
             given = values[path].get(key)
             if given is None or given.shape != tensor.shape:
-                found = "nothing" if given is None else tuple(given.shape)
+                shape = "nothing" if given is None else tuple(given.shape)
                 raise CheckpointError(
-                    f"The PEFT adapter has {found} for {key} of {path}, which needs {tuple(tensor.shape)}."
+                    f"The PEFT adapter has {shape} for {key} of {path}, which needs {tuple(tensor.shape)}."
                 )

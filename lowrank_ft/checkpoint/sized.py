@@ -112,8 +112,8 @@ def _refuse(problems: list[str], format: str) -> None:
 
 @contextmanager
 def _trimmed(model: nn.Module) -> Iterator[None]:
-    found = {name: m for name, m in replacements(model).items() if isinstance(m, Resized)}
-    with engine.instead(model, {name: module.trimmed() for name, module in found.items()}):
+    resized = {name: m for name, m in replacements(model).items() if isinstance(m, Resized)}
+    with engine.instead(model, {name: module.trimmed() for name, module in resized.items()}):
         yield
 
 

@@ -127,10 +127,10 @@ def export(
 
 def check_format(format: str) -> None:
     """Raise ``ConfigError`` for a format that :func:`export` does not know."""
-    known = ["peft", *FORMATS]
-    if format not in known:
+    formats = ["peft", *FORMATS]
+    if format not in formats:
         raise ConfigError(
-            f"There is no export format {format!r}.{did_you_mean(format, known)} Known: {known}."
+            f"There is no export format {format!r}.{did_you_mean(format, formats)} Known: {formats}."
         )
 
 

@@ -49,13 +49,13 @@ def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
         StateError: no adapter of that name, or a combination that cannot run together.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
-    found = hosts(model)
+    carriers = hosts(model)
     for name in wanted:
         require_adapter(model, name)
-    for host in found.values():
+    for host in carriers.values():
         host.check_active(wanted)
     check_whole(model, wanted)
-    for host in found.values():
+    for host in carriers.values():
         host.activate(wanted)
     write_config(model)
     return model
@@ -64,11 +64,11 @@ def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
 @contextmanager
 def disable(model: nn.Module) -> Iterator[None]:
     """Run the block with no adapter active: outputs are bit-identical to the base model's."""
-    found = hosts(model)
-    if not found:
+    carriers = hosts(model)
+    if not carriers:
         raise StateError("There is no adapter on this model to disable.")
     check_whole(model, ())
-    before = [(host, host.active) for host in found.values()]
+    before = [(host, host.active) for host in carriers.values()]
     for host, _ in before:
         host.use(())
     try:
@@ -121,22 +121,22 @@ def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> Mod
             raise StateError("The model is merged already. unmerge() it first, or merge(reversible=False).")
         forget(model)
         return model
-    found = hosts(model)
-    idle = [name for name in adapter_names(model) if not any(name in h.active for h in found.values())]
+    carriers = hosts(model)
+    idle = [name for name in adapter_names(model) if not any(name in h.active for h in carriers.values())]
     if idle and not reversible:
         raise StateError(
             f"merge(reversible=False) would lose the inactive adapters {idle}: delete_adapter() them."
         )
-    ties.check_merge(model, found, ties.shared(stock_tensors(model)), untie)
+    ties.check_merge(model, carriers, ties.shared(stock_tensors(model)), untie)
 
     owners = owners_of(model)
-    for host in found.values():
+    for host in carriers.values():
         put_in_place(owners, host, host.merged())
     if untie:
         state.untied = ties.set_tied(model, False)
     restore_trainable(model, state.trainable)
     if reversible:
-        state.merged = found
+        state.merged = carriers
     else:
         forget(model)
     write_config(model)
@@ -163,17 +163,17 @@ def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
         raise ConfigError(f"Factors are kept in one of {list(get_args(FactorType))}, but not in {dtype!r}.")
     if name is not None:
         require_adapter(model, name)
-    found = [
+    to_cast = [
         (host, other)
         for host in hosts(model).values()
         for other in host.parts
         if name in (None, other) and not isinstance(host, Copied)
     ]
-    for host, other in found:
+    for host, other in to_cast:
         if not hasattr(host.nodes[other], "dtype"):
             kind = host.nodes[other].kind
             raise StateError(f"The adapter {other!r} is a {kind!r}, whose numbers have no dtype to choose.")
-    for host, other in found:
+    for host, other in to_cast:
         node = dataclasses.replace(cast(Any, host.nodes[other]), dtype=dtype)
         shell = node.build(meta_twin(host.base))
         wanted = {key: tensor.dtype for key, tensor in shell.state_dict().items()}
@@ -195,7 +195,7 @@ def merge_drift(model: nn.Module) -> dict[str, float]:
     Raises:
         StateError: no adapter on a quantised layer.
     """
-    found = {}
+    drifts = {}
     for name, host in hosts(model).items():
         if not isinstance(host, Adapted) or not isinstance(host.base, Quantized) or not host.active:
             continue
@@ -204,10 +204,10 @@ def merge_drift(model: nn.Module) -> dict[str, float]:
             for delta in host.active:
                 exact = exact + host.deltas[delta].weight().double()
             merged = layer_of(host.merged()).matrix().double()
-            found[name] = float((merged - exact).norm() / exact.norm().clamp_min(1e-300))
-    if not found:
+            drifts[name] = float((merged - exact).norm() / exact.norm().clamp_min(1e-300))
+    if not drifts:
         raise StateError("No quantised layer has an active adapter, so nothing would be merged into one.")
-    return found
+    return drifts
 
 
 def unmerge(model: ModelT) -> ModelT:

@@ -79,8 +79,8 @@ def _stand_alone(model: nn.Module, ours: Mapping[str, nn.Module]) -> bool:
 
     Of several stages an early one may have succeeded. Its result is kept, and the layers below it with it.
     """
-    found = replacements(model)
-    return found.keys() == ours.keys() and all(found[name] is module for name, module in ours.items())
+    replaced = replacements(model)
+    return replaced.keys() == ours.keys() and all(replaced[name] is module for name, module in ours.items())
 
 
 def _take_marks(model: nn.Module) -> Taken:

@@ -19,12 +19,12 @@ from lowrank_ft.modules.delta import digest_of
 
 def digests(model: nn.Module) -> dict[str, str]:
     """Return by adapter a digest of what it depends on and checkpoints do not store; else no entry."""
-    found, carriers = {}, hosts(model)
+    by_adapter, carriers = {}, hosts(model)
     for name in adapter_names(model):
         digest = digest_of({path: host.parts[name] for path, host in carriers.items() if name in host.parts})
         if digest is not None:
-            found[name] = digest
-    return found
+            by_adapter[name] = digest
+    return by_adapter
 
 
 def check_digest(name: str, digest: str | None, expected: Mapping[str, Any]) -> None:

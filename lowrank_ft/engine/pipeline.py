@@ -127,9 +127,9 @@ def statistics(
         return
     bare = disable(model) if hosts(model) else nullcontext()
     with bare, _begun(model, method, chosen, source) as run:
-        known = _statistics(run)
-        _warn_of_few_tokens(run, known)
-        yield known
+        stored = _statistics(run)
+        _warn_of_few_tokens(run, stored)
+        yield stored
 
 
 @contextmanager
@@ -336,16 +336,16 @@ def _solve(
 
 
 def _rows(
-    site: Site, share: Share, new: Mapping[str, nn.Module], found: Mapping[str, Any]
+    site: Site, share: Share, new: Mapping[str, nn.Module], facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """What the report says of a site: one row; of a group factored layer by layer, one for each layer."""
     one_by_one = share.rank is None and any(name in site.layers for name in share.ranks)
     if not one_by_one:
-        return [_row(site, share.rank, new, share.predicted, found)]
+        return [_row(site, share.rank, new, share.predicted, facts)]
     rows = []
     for name, module in site.layers.items():
         layer = Site((name,), (module,), layouts.role_of(name, module))
-        rows.append(_row(layer, share.ranks.get(name), new, None, found.get(name, {})))
+        rows.append(_row(layer, share.ranks.get(name), new, None, facts.get(name, {})))
     rows[0]["predicted"] = share.predicted  # for the group
     return rows
 
@@ -373,13 +373,13 @@ def _row(
     }
 
 
-def _warn_of_few_tokens(run: Run, known: StoredStatistics) -> None:
+def _warn_of_few_tokens(run: Run, stored: StoredStatistics) -> None:
     """Warn where a second moment is singular because fewer tokens were seen than it has rows."""
     short = []
     for name, module in run.modules.items():
         layer = layer_of(module)
-        if name in known and layer.kind != "embedding":
-            tokens = known.tokens(name)
+        if name in stored and layer.kind != "embedding":
+            tokens = stored.tokens(name)
             if tokens < layer.in_features:
                 short.append((tokens, layer.in_features, name))
     if short:
@@ -387,7 +387,7 @@ def _warn_of_few_tokens(run: Run, known: StoredStatistics) -> None:
         warnings.warn(
             f"The calibration data has {tokens} tokens, fewer than the {features} inputs of {name} "
             f"({len(short)} such layers): their second moments are singular, and take a ridge of "
-            f"{solve.factor_spd(known[name].C).ridge:.0e} where they are inverted. Use more data.",
+            f"{solve.factor_spd(stored[name].C).ridge:.0e} where they are inverted. Use more data.",
             UserWarning,
             stacklevel=5,
         )

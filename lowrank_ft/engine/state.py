@@ -44,8 +44,8 @@ def hosts(model: nn.Module) -> dict[str, Host]:
 
 def compressed(model: nn.Module) -> list[str]:
     """Return the names of the compressed modules: those replaced by more than a host of adapters."""
-    found = replacements(model).items()
-    return [n for n, m in found if not isinstance(m, Host) or m.base_node().kind != "dense"]
+    replaced = replacements(model).items()
+    return [n for n, m in replaced if not isinstance(m, Host) or m.base_node().kind != "dense"]
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -81,9 +81,9 @@ def _carrying(model: nn.Module) -> list[str]:
 
 def require_adapter(model: nn.Module, name: str) -> None:
     """Raise ``StateError`` unless the model has an adapter of that name."""
-    known = adapter_names(model)
-    if name not in known:
-        raise StateError(f"There is no adapter {name!r}.{did_you_mean(name, known)} Known: {list(known)}.")
+    names = adapter_names(model)
+    if name not in names:
+        raise StateError(f"There is no adapter {name!r}.{did_you_mean(name, names)} Known: {list(names)}.")
 
 
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -91,10 +91,10 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     A tied tensor is listed under each of its names; adapters and markers are left out.
     """
-    found = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Host)}
+    host_names = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Host)}
     tensors: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
-        host = next((name for name in prefixes(key) if name in found), None)
+        host = next((name for name in prefixes(key) if name in host_names), None)
         if host is None:
             tensors[key] = tensor
         elif key.startswith(f"{host}.base."):
@@ -110,9 +110,9 @@ def prefixes(key: str) -> Iterator[str]:
 
 def frozen_keys(model: nn.Module) -> set[str]:
     """Return the keys of ``state_dict`` that no adapter owns: the base, which training leaves as it is."""
-    found = hosts(model)
-    base = tuple(f"{name}.base." for name in found)
-    owned = tuple(f"{name}." for name in found)
+    carriers = hosts(model)
+    base = tuple(f"{name}.base." for name in carriers)
+    owned = tuple(f"{name}." for name in carriers)
     return {key for key in model.state_dict() if key.startswith(base) or not key.startswith(owned)}
 
 

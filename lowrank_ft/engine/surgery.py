@@ -70,15 +70,15 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
         StateError: a bias where the stock model has none.
     """
     kinds = (Factored, Resized, Container, Quantized)
-    found = {name: module for name, module in replacements(model).items() if isinstance(module, kinds)}
-    extra = [name for name, module in found.items() if getattr(module, "adds_bias", False)]
+    compressed = {name: module for name, module in replacements(model).items() if isinstance(module, kinds)}
+    extra = [name for name, module in compressed.items() if getattr(module, "adds_bias", False)]
     if extra:
         raise StateError(
             f"{extra[0]} has a bias that a stock {type(model).__name__} cannot hold ({len(extra)} such "
             f"layers): it came with centered=True, or with the values' bias folded into the output. Compress "
             f"without the one, or leave the value and output projections out."
         )
-    with instead(model, {name: module.dense() for name, module in found.items()}):
+    with instead(model, {name: module.dense() for name, module in compressed.items()}):
         yield
 
 

@@ -103,10 +103,10 @@ def requantize(model: ModelT, *, data: Any = None, tokenizer: Any = None, loss: 
         ConfigError: data that is missing, or not looked at.
     """
     stages = stages_of(model)
-    known = [s for s in stages if registry.methods[s["method"]].family is Family.QUANTIZER]
-    if not known:
+    quantising = [s for s in stages if registry.methods[s["method"]].family is Family.QUANTIZER]
+    if not quantising:
         raise StateError("No stage has quantised this model: wrap() it with a quantising method.")
-    last, names = known[-1], adapter_names(model)
+    last, names = quantising[-1], adapter_names(model)
     cls = registry.methods[last["method"]]
     method = _with_options(cls, last["options"])
     if bool(method.needs()) is (data is None):
@@ -121,8 +121,8 @@ def requantize(model: ModelT, *, data: Any = None, tokenizer: Any = None, loss: 
 
 def calibration_of(config: MethodConfig) -> Calibration | None:
     """Return how much data a method looks at with these options; None where it looks at none."""
-    found: Calibration | None = getattr(config, "calibration", None)
-    return found if _method_for(config).needs() else None
+    settings: Calibration | None = getattr(config, "calibration", None)
+    return settings if _method_for(config).needs() else None
 
 
 def trains(config: MethodConfig) -> bool:
@@ -189,13 +189,13 @@ def _adapt(
 ) -> None:
     """Put an adapter on: statistics, options, structure, build, values, and only then change the model."""
     nodes = _copies(model, method, chosen)
-    with pipeline.statistics(model, method, chosen, source) as known:
-        shares = method.choose(chosen, offers(method, chosen, known), Counts(0, 0))
+    with pipeline.statistics(model, method, chosen, source) as statistics:
+        shares = method.choose(chosen, offers(method, chosen, statistics), Counts(0, 0))
         for site, share in zip(chosen, shares, strict=True):
             nodes.update(method.structure(site, share))
         parts = build(model, nodes)
-        for site in tqdm(chosen, desc="Starting", unit="layer", leave=False, disable=not known):
-            method.values(site, {path: parts[path] for path in site.names}, known)
+        for site in tqdm(chosen, desc="Starting", unit="layer", leave=False, disable=not statistics):
+            method.values(site, {path: parts[path] for path in site.names}, statistics)
     commit(model, name, nodes, parts, recipe)
 
 

@@ -109,10 +109,10 @@ class Adapted(Host):
 
     def _fused(self, x: Tensor, deltas: tuple[Delta, ...]) -> Tensor | None:
         """Run everything in one kernel where the layer is a plain frozen one and every update is low-rank."""
-        found, bias = self.layer.frozen(), self.layer.bias
-        if found is None:
+        frozen_weight, bias = self.layer.frozen(), self.layer.bias
+        if frozen_weight is None:
             return None
-        frozen, weight = found
+        frozen, weight = frozen_weight
         if len(deltas) > 1 and any(delta.drops for delta in deltas):
             return None  # each adapter drops its own input
         forms = [delta.as_lora() for delta in deltas]

@@ -215,9 +215,9 @@ class ResizedAttention(Container):
     def _dropout(self) -> float:
         """What the stock module drops of the attention weights while it trains."""
         for name in ("attention_dropout", "attn_dropout", "dropout"):
-            found = getattr(self, name, None)
-            if found is not None:
-                return float(found.p if isinstance(found, nn.Dropout) else found)
+            dropout = getattr(self, name, None)
+            if dropout is not None:
+                return float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)
         return 0.0
 
 

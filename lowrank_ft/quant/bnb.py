@@ -54,10 +54,10 @@ class FourBitStorage(Storage):
             quant_type=_TYPES[self.scheme.codebook],
             compress_statistics=self.scheme.scale_bits == 8,
         )
-        found = {"codes": codes.flatten(), "scales": state.absmax.flatten()}
+        tensors = {"codes": codes.flatten(), "scales": state.absmax.flatten()}
         if self.scheme.scale_bits == 8:
-            found |= {"supers": state.state2.absmax.flatten(), "offset": state.offset.float().reshape(1)}
-        return found
+            tensors |= {"supers": state.state2.absmax.flatten(), "offset": state.offset.float().reshape(1)}
+        return tensors
 
     def unpack(
         self, tensors: Mapping[str, Tensor], columns: int, start: int, stop: int, dtype: torch.dtype

@@ -49,8 +49,8 @@ def normal_float(bits: int) -> Tensor:
     right = torch.linspace(0.5, NF_OFFSET, 2 ** (bits - 1) + 1, dtype=torch.float64)
     quantiles = torch.special.ndtri(torch.cat([left[:-1], right]))
     quantiles[2 ** (bits - 1) - 1] = 0.0  # ½ exactly
-    found: Tensor = quantiles / quantiles[-1]
-    return found.float()
+    levels: Tensor = quantiles / quantiles[-1]
+    return levels.float()
 
 
 @functools.cache

@@ -51,20 +51,20 @@ def grid(base: Scheme, name: GridName) -> list[Scheme]:
     scales of 2, 3, 4 and 8 bits in blocks of 16, 64 and 256, their scales in three types: 432 in all.
     """
     bits = (2, 3, 4, 8) if base.codebook in ("nf", "signed", "fitted") else (base.bits,)
-    found = [replace(base, bits=b, block=B) for b, B in itertools.product(bits, (16, 32, 64))]
+    schemes = [replace(base, bits=b, block=B) for b, B in itertools.product(bits, (16, 32, 64))]
     if name == "compact":
-        return found
+        return schemes
     scales = itertools.product((2, 3, 4, 8), (16, 64, 256), SCALE_BITS)
     return [
         replace(scheme, scale_bits=b, scale_block=B, scale_dtype=dtype)  # type: ignore[arg-type]
-        for (b, B, dtype), scheme in itertools.product(list(scales), found)
+        for (b, B, dtype), scheme in itertools.product(list(scales), schemes)
     ]
 
 
 def options_of(matrix: Matrix, schemes: Sequence[Scheme]) -> list[Option]:
     """Return every scheme with every rank: its bytes, and its predicted cost in the metric's unit."""
     shape = matrix.weight.shape
-    found: list[Option] = []
+    options: list[Option] = []
     groups: dict[Scheme, list[Scheme]] = {}
     for scheme in schemes:
         groups.setdefault(replace(scheme, scale_bits=32, scale_block=256, scale_dtype="float32"), []).append(
@@ -81,8 +81,8 @@ def options_of(matrix: Matrix, schemes: Sequence[Scheme]) -> list[Option]:
                 taken = 0.0 if rank is None else float(energies[:rank].sum())
                 factors = 0 if rank is None else -(-rank * sum(shape) * matrix.factor_bits // 8)
                 loss = max(left - taken, 0.0) + extra
-                found.append(Option(rank, size + factors, loss, scheme=scheme))
-    return found
+                options.append(Option(rank, size + factors, loss, scheme=scheme))
+    return options
 
 
 def _errors(matrix: Matrix, plain: Scheme, cut_off: int) -> tuple[float, Tensor, Callable[[Scheme], float]]:

@@ -196,10 +196,10 @@ def finite(matrix: Tensor) -> Tensor:
     Raises:
         NonFiniteError: NaN or infinite entries.
     """
-    found = matrix.detach().float()
-    if not torch.isfinite(found).all():
+    values = matrix.detach().float()
+    if not torch.isfinite(values).all():
         raise NonFiniteError("A weight to be quantised has NaN or infinite entries.")
-    return found
+    return values
 
 
 def in_blocks(values: Tensor, block: int) -> Tensor:

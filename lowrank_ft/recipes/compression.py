@@ -247,7 +247,7 @@ def _with_measured_errors(
 
     It can for factors of stock layers, and for MLPs, whose channels are some of the dense model's.
     """
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     now = stock_modules(model)
     mlps = {row["layers"][-1] for row in rows if row["role"] == "mlp"}
     ours = {
@@ -260,22 +260,22 @@ def _with_measured_errors(
     if probe is not None and ours:
         dense, _ = models.load_causal_lm(config.model.path, config.model.dtype, "auto")
         for name, module in ours.items():
-            dense.get_submodule(name).register_forward_hook(_comparison(found, name, module))
+            dense.get_submodule(name).register_forward_hook(_comparison(errors, name, module))
         with torch.no_grad():
             dense.eval()(input_ids=probe.to(next(dense.parameters()).device))
     heads = ("q-k", "v-o", "attention")
     return [
-        {**row, "measured error": None if row["role"] in heads else found.get(row["layers"][-1])}
+        {**row, "measured error": None if row["role"] in heads else errors.get(row["layers"][-1])}
         for row in rows
     ]
 
 
-def _comparison(found: dict[str, float], name: str, ours: nn.Module) -> Any:
+def _comparison(errors: dict[str, float], name: str, ours: nn.Module) -> Any:
     def compare(module: nn.Module, args: Any, output: Tensor) -> None:
         columns = getattr(ours, "columns", None)
         x = args[0] if columns is None else args[0][..., columns]
         difference = (ours(x) - output).double()
-        found[name] = float(difference.norm() / output.double().norm().clamp_min(1e-300))
+        errors[name] = float(difference.norm() / output.double().norm().clamp_min(1e-300))
 
     return compare
 

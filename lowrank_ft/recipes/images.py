@@ -48,7 +48,7 @@ def load_processor(path: str, size: int | None, own_size: Any) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        found = AutoImageProcessor.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(path)
     except OSError:
         if size is None and not isinstance(own_size, int):
             raise ConfigError(f"{path} has no image processor: set data.image_size.") from None
@@ -56,10 +56,10 @@ def load_processor(path: str, size: int | None, own_size: Any) -> Any:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"The image processor of {path} cannot be used here: {error}") from error
     if size is None:
-        return found
+        return processor
     square = {"height": size, "width": size}
     # Some processors want to be told the shorter side alone, and crop the rest.
-    shorter = {"shortest_edge": size} if found.size.get("shortest_edge") else square
+    shorter = {"shortest_edge": size} if processor.size.get("shortest_edge") else square
     return AutoImageProcessor.from_pretrained(path, size=shorter, crop_size=square)
 
 

@@ -142,29 +142,31 @@ def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]
 
 
 def _draw_shares(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    known = [row for row in rows if "bits" not in row]  # stored in few bits, all of them remain
-    if known:
-        blocks = [layouts.block_index(row["module"]) or 0 for row in known]
-        axes.plot(blocks, [row["parameters"] / row["parameters before"] for row in known], ".-", label=role)
+    unquantised = [row for row in rows if "bits" not in row]  # stored in few bits, all of them remain
+    if unquantised:
+        blocks = [layouts.block_index(row["module"]) or 0 for row in unquantised]
+        axes.plot(
+            blocks, [row["parameters"] / row["parameters before"] for row in unquantised], ".-", label=role
+        )
 
 
 def _draw_bits(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    known = [row for row in rows if "bits" in row]
-    if known:
-        blocks = [layouts.block_index(row["module"]) or 0 for row in known]
-        axes.plot(blocks, [row["bits"] for row in known], ".-", label=role)
+    quantised = [row for row in rows if "bits" in row]
+    if quantised:
+        blocks = [layouts.block_index(row["module"]) or 0 for row in quantised]
+        axes.plot(blocks, [row["bits"] for row in quantised], ".-", label=role)
 
 
 def _draw_turns(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    known = [row["errors"] for row in rows if len(row.get("errors", ())) > 1 and row["errors"][0] > 0]
-    if known:
-        curve = known[len(known) // 2]
+    curves = [row["errors"] for row in rows if len(row.get("errors", ())) > 1 and row["errors"][0] > 0]
+    if curves:
+        curve = curves[len(curves) // 2]
         axes.plot(range(1, len(curve) + 1), [error / curve[0] for error in curve], ".-", label=role)
 
 
 def _draw_errors(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    known = [r for r in rows if r.get("measured error") is not None and "output error" in r]
-    axes.plot([r["output error"] for r in known], [r["measured error"] for r in known], ".", label=role)
+    measured = [r for r in rows if r.get("measured error") is not None and "output error" in r]
+    axes.plot([r["output error"] for r in measured], [r["measured error"] for r in measured], ".", label=role)
 
 
 def _draw_nats(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -175,7 +177,7 @@ def _draw_nats(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_spectra(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    known = [row["spectrum"] for row in rows if row.get("spectrum")]
-    if known:
-        spectrum = known[len(known) // 2]
+    spectra = [row["spectrum"] for row in rows if row.get("spectrum")]
+    if spectra:
+        spectrum = spectra[len(spectra) // 2]
         axes.semilogy([i / len(spectrum) for i in range(len(spectrum))], spectrum, label=role)

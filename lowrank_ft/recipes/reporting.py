@@ -89,8 +89,8 @@ def methods() -> dict[str, str]:
 
 
 def _of_model(model: nn.Module) -> Report:
-    found = engine.hosts(model)
-    parts = [p for host in found.values() for part in host.parts.values() for p in part.parameters()]
+    carriers = engine.hosts(model)
+    parts = [p for host in carriers.values() for part in host.parts.values() for p in part.parameters()]
     rows = [
         Row(
             name,
@@ -104,7 +104,7 @@ def _of_model(model: nn.Module) -> Report:
     return Report(
         source=type(model).__name__,
         base={},
-        adapters=dict(engine.state_of(model).recipes) if found else {},
+        adapters=dict(engine.state_of(model).recipes) if carriers else {},
         active=list(engine.active_adapters(model)),
         total_parameters=count(model).total,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

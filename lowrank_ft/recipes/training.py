@@ -132,22 +132,22 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     arguments = training_arguments(config)
     set_seed(config.seed)
     with arguments.main_process_first(desc="preparing the data"):  # the others find it in the cache
-        found, keep = _prepare(config)
-    model = found.model
+        prepared, keep = _prepare(config)
+    model = prepared.model
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=found.train,
-        eval_dataset=found.held_out,
-        data_collator=found.collate,
-        processing_class=found.processor,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        data_collator=prepared.collate,
+        processing_class=prepared.processor,
         callbacks=[clock := _Clock(), AdapterCheckpoint(), StopOnNonFinite()],
     )
 
     def measure(when: str) -> tuple[evaluation.Loss, dict[str, float]]:
         size, what = config.train.per_device_eval_batch_size, f"Held-out loss {when}"
         loss = evaluation.mean_loss(
-            model, found.held_out, found.collate, size, what, classes=len(found.classes)
+            model, prepared.held_out, prepared.collate, size, what, classes=len(prepared.classes)
         )
         kept = {name: evaluation.window_loss(model.eval(), rows, name) for name, rows in keep.items()}
         return loss, kept
@@ -160,7 +160,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     after, kept_after = measure("after")
 
-    speeds = _speeds(config, clock, len(found.train), arguments)
+    speeds = _speeds(config, clock, len(prepared.train), arguments)
     result = FinetuneResult(
         before=before,
         after=after,
@@ -175,10 +175,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         saves_base=False,
         reload_difference=None,
         curve=[dict(entry) for entry in trainer.state.log_history],
-        classes=found.classes,
+        classes=prepared.classes,
     )
     if arguments.should_save:
-        result = _write(config, found, result)
+        result = _write(config, prepared, result)
         print(table(result))
     trainer.accelerator.wait_for_everyone()
     return result
@@ -203,14 +203,14 @@ def training_arguments(config: FinetuneConfig) -> Any:
     """
     from transformers import TrainingArguments
 
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    field_names = {f.name for f in dataclasses.fields(TrainingArguments)}
     for name in config.train.extra:
-        if name not in known:
-            raise ConfigError(f"TrainingArguments has no field {name!r}.{did_you_mean(name, known)}")
+        if name not in field_names:
+            raise ConfigError(f"TrainingArguments has no field {name!r}.{did_you_mean(name, field_names)}")
     c = config.train
     own = {"eval_steps", "save_steps", "resume", "extra", "gradient_checkpointing"}
     options = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in own}
-    options.update(_checkpointing(known) if c.gradient_checkpointing else {})
+    options.update(_checkpointing(field_names) if c.gradient_checkpointing else {})
     options.update(
         output_dir=str(Path(config.output) / "checkpoints"),
         seed=config.seed,
@@ -230,9 +230,11 @@ def training_arguments(config: FinetuneConfig) -> Any:
     return TrainingArguments(**options)
 
 
-def _checkpointing(known: set[str]) -> dict[str, Any]:
+def _checkpointing(field_names: set[str]) -> dict[str, Any]:
     """Activation checkpointing under the name that this version of transformers has for it."""
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    name = (
+        "activation_checkpointing" if "activation_checkpointing" in field_names else "gradient_checkpointing"
+    )
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
@@ -256,23 +258,23 @@ def _prepare(config: FinetuneConfig) -> tuple[tasks.Prepared, dict[str, Tensor]]
             )
     train_rows, eval_rows = data.load(config.data, config.seed)
     prepare = tasks.TASKS[config.task]
-    found = prepare(config.model.path, config.model.dtype, config.data, train_rows, eval_rows)
+    prepared = prepare(config.model.path, config.model.dtype, config.data, train_rows, eval_rows)
     if config.data.max_eval_examples is not None:
-        count = min(len(found.held_out), config.data.max_eval_examples)
-        found = dataclasses.replace(found, held_out=found.held_out.select(range(count)))
+        count = min(len(prepared.held_out), config.data.max_eval_examples)
+        prepared = dataclasses.replace(prepared, held_out=prepared.held_out.select(range(count)))
     keep = {
-        name: evaluation.windows_of(path, found.processor, config.keep_window, config.keep_windows)
+        name: evaluation.windows_of(path, prepared.processor, config.keep_window, config.keep_windows)
         for name, path in config.keep.items()
     }
     where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude, "layers": config.layers}
-    method = _with_head(config.method, found.model) if found.classes else config.method
+    method = _with_head(config.method, prepared.model) if prepared.classes else config.method
     chain = [*(parse_stage(entry) for entry in config.stages), method]
     if config.calibration_data is not None and not any(engine.calibration_of(step) for step in chain):
         raise ConfigError("The method looks at no data: leave out calibration_data.")
     for step in chain:
-        looks = _calibration(step, config, found)
-        engine.wrap(found.model, step, name=config.adapter_name, **where, **looks)
-    return found, keep
+        looks = _calibration(step, config, prepared)
+        engine.wrap(prepared.model, step, name=config.adapter_name, **where, **looks)
+    return prepared, keep
 
 
 def parse_stage(entry: Mapping[str, Any]) -> MethodConfig:
@@ -290,17 +292,17 @@ def parse_stage(entry: Mapping[str, Any]) -> MethodConfig:
     return config
 
 
-def _calibration(method: MethodConfig, config: FinetuneConfig, found: tasks.Prepared) -> dict[str, Any]:
+def _calibration(method: MethodConfig, config: FinetuneConfig, prepared: tasks.Prepared) -> dict[str, Any]:
     """Return what ``wrap`` needs for a method that looks at data: text of its own, or the training data."""
     settings = engine.calibration_of(method)
     if settings is None:
         return {}
     if config.calibration_data is not None:
-        return {"data": texts.read(config.calibration_data, None, "train"), "tokenizer": found.processor}
+        return {"data": texts.read(config.calibration_data, None, "train"), "tokenizer": prepared.processor}
     generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(found.train), generator=generator).tolist()
-    rows = found.train.select(order[: settings.samples])
-    return {"data": list(data.batches(rows, found.collate, settings.batch_size))}
+    order = torch.randperm(len(prepared.train), generator=generator).tolist()
+    rows = prepared.train.select(order[: settings.samples])
+    return {"data": list(data.batches(rows, prepared.collate, settings.batch_size))}
 
 
 def _with_head(method: MethodConfig, model: nn.Module) -> MethodConfig:
@@ -350,16 +352,16 @@ def _speeds(config: FinetuneConfig, clock: _Clock, examples: int, arguments: Any
     return {"tokens_per_second": None, "images_per_second": images / seconds}
 
 
-def _write(config: FinetuneConfig, found: tasks.Prepared, result: FinetuneResult) -> FinetuneResult:
+def _write(config: FinetuneConfig, prepared: tasks.Prepared, result: FinetuneResult) -> FinetuneResult:
     """Save the adapter, prove that it loads, and write the report."""
-    output, model = Path(config.output), found.model
-    checkpoint.save(model, output / "adapter", tokenizer=found.processor, figures=dict(rows(result)))
+    output, model = Path(config.output), prepared.model
+    checkpoint.save(model, output / "adapter", tokenizer=prepared.processor, figures=dict(rows(result)))
     index = files.read_index(output / "adapter")
     size = sum(f["bytes"] for name, f in index["files"].items() if name.endswith(".safetensors"))
     size += (output / "adapter" / files.INDEX).stat().st_size
     difference = None
     if config.check_reload:
-        probe = found.collate([found.held_out[0]])
+        probe = prepared.collate([prepared.held_out[0]])
         probe.pop("labels")
         difference = verify.reload_difference(model, config.model.path, output / "adapter", probe)
     result = dataclasses.replace(

@@ -96,7 +96,7 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
     once = sparse.csr_array(
         ([1.0] * len(flat), ([row[name] for name, _ in flat], range(len(flat)))), (len(row), len(flat))
     )
-    found = optimize.milp(
+    solution = optimize.milp(
         (losses / losses.max().clamp_min(1e-300)).numpy(),
         integrality=[1] * len(flat),
         bounds=optimize.Bounds(0, 1),
@@ -106,9 +106,9 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
         ],
         options={"mip_rel_gap": 1e-5, "time_limit": 60},
     )
-    if found.x is None:
-        raise ConfigError(f"HiGHS found no solution ({found.message}): use solver='lagrangian'.")
-    chosen = {flat[i][0]: flat[i][1] for i, x in enumerate(found.x) if x > 0.5}
+    if solution.x is None:
+        raise ConfigError(f"HiGHS found no solution ({solution.message}): use solver='lagrangian'.")
+    chosen = {flat[i][0]: flat[i][1] for i, x in enumerate(solution.x) if x > 0.5}
     # HiGHS keeps the constraint within a tolerance only.
     over = sum(option.size for option in chosen.values()) > budget
     return relaxed if over else chosen
@@ -136,11 +136,11 @@ def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[s
 
 def undominated(choices: Sequence[Option]) -> list[Option]:
     """Return the options that no other option beats in size and in loss, from the smallest up."""
-    found: list[Option] = []
+    kept: list[Option] = []
     for option in sorted(choices, key=lambda o: (o.size, o.loss)):
-        if not found or option.loss < found[-1].loss:
-            found.append(option)
-    return found
+        if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
+    return kept
 
 
 def combined(layers: Mapping[str, Sequence[Option]]) -> list[Option]:
@@ -155,11 +155,11 @@ def combined(layers: Mapping[str, Sequence[Option]]) -> list[Option]:
     hulls = {name: _hull(choices) for name, choices in layers.items()}
     now = {name: hull[0] for name, hull in hulls.items()}
     steps = [(_gain(low, high), name, high) for name, hull in hulls.items() for low, high in _pairs(hull)]
-    found = [_sum(now)]
+    options = [_sum(now)]
     for _, name, high in sorted(steps, key=lambda step: -step[0]):
         now[name] = high
-        found.append(_sum(now))
-    return found
+        options.append(_sum(now))
+    return options
 
 
 def _sum(chosen: Mapping[str, Option]) -> Option:

@@ -57,9 +57,9 @@ def _leading_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple
         inner = _times(rows @ W, C)
         return (_times(inner, C) if squared else inner) @ W.T
 
-    found = krylov(apply, len(W), rank, W.device)
-    if found is not None:
-        return found[1], found[0].sqrt()
+    pairs = krylov(apply, len(W), rank, W.device)
+    if pairs is not None:
+        return pairs[1], pairs[0].sqrt()
     X = _times_root(W, C, squared)
     wide = X.shape[0] <= X.shape[1]
     energies, vectors = eigenpairs(X @ X.T if wide else X.T @ X, rank)
@@ -88,12 +88,12 @@ def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Te
             block = factor.transposed.solve(block)
         return block.T
 
-    found = None
+    pairs = None
     if math.prod(factor.spread for factor in factors) > 1e-10:  # which leaves at least six correct digits
-        found = krylov(inverse, min(W.shape), rank, W.device)
-    if found is None:
+        pairs = krylov(inverse, min(W.shape), rank, W.device)
+    if pairs is None:
         return _last_of_all(W, C, rank, squared)
-    values, vectors = found
+    values, vectors = pairs
     return (vectors if wide else W @ factors[0].solve(vectors)).flip(1), values.flip(0).rsqrt()
 
 

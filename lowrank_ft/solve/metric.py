@@ -70,8 +70,8 @@ class Metric:
         generator = torch.Generator().manual_seed(0)
         X = torch.randn(out_features, width, generator=generator).to(E)
         if start is not None:
-            known = self._half(start)[:, :width]
-            X[:, : known.shape[1]] = known
+            columns = self._half(start)[:, :width]
+            X[:, : columns.shape[1]] = columns
         last = 0.0
         for step in range(_STEPS):
             Q = torch.linalg.qr(X)[0]

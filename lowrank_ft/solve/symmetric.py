@@ -123,9 +123,9 @@ def eigenpairs(matrix: Tensor, count: int, *, randomized: bool = False) -> tuple
         values ``(count,)`` and vectors ``(n, count)``.
     """
     if randomized:
-        found = krylov(lambda rows: rows @ matrix, len(matrix), count, matrix.device)
-        if found is not None:
-            return found
+        pairs = krylov(lambda rows: rows @ matrix, len(matrix), count, matrix.device)
+        if pairs is not None:
+            return pairs
     values, vectors = torch.linalg.eigh(matrix)
     return values[-count:].flip(0), vectors[:, -count:].flip(1)
 
@@ -161,20 +161,20 @@ def krylov(
     basis, images = (block.new_empty(blocks * width, n) for _ in range(2))
     projected = block.new_empty(blocks * width, blocks * width)
     for step in range(blocks):
-        old, known = step * width, (step + 1) * width
+        old, new = step * width, (step + 1) * width
         for _ in range(2):  # once leaves what rounding made of the part that was taken out
             block = torch.linalg.qr((block - block @ basis[:old].T @ basis[:old]).T)[0].T
         image = apply(block)
-        basis[old:known], images[old:known] = block, image
-        projected[old:known, :known] = image @ basis[:known].T
-        projected[:old, old:known] = projected[old:known, :old].T
+        basis[old:new], images[old:new] = block, image
+        projected[old:new, :new] = image @ basis[:new].T
+        projected[:old, old:new] = projected[old:new, :old].T
         block = image
         if step < 5 or step % 2 == 0:  # hardly ever enough, and a check costs about what a step does
             continue
-        small, rotation = torch.linalg.eigh(projected[:known, :known])
+        small, rotation = torch.linalg.eigh(projected[:new, :new])
         values, rotation = small[-count:].flip(0), rotation[:, -count:].flip(1).T
-        vectors = rotation @ basis[:known]
-        residual = rotation @ images[:known] - vectors * values[:, None]
+        vectors = rotation @ basis[:new]
+        residual = rotation @ images[:new] - vectors * values[:, None]
         residual -= residual @ vectors.T @ vectors
         done = residual.norm(dim=1) <= 1e-6 * values
         if done.all():
@@ -182,11 +182,11 @@ def krylov(
         outliers = int((values > _OUTLYING * values[-1]).sum())
         if outliers and done[:outliers].all():
             first, rest = vectors[:outliers], _without(vectors[:outliers], apply)
-            found = krylov(rest, n, count - outliers, device)
-            if found is None:
+            others = krylov(rest, n, count - outliers, device)
+            if others is None:
                 return None
-            both, _ = torch.linalg.qr(torch.cat([first.T, found[1]], 1))  # orthogonal but for rounding
-            return torch.cat([values[:outliers], found[0]]), both
+            both, _ = torch.linalg.qr(torch.cat([first.T, others[1]], 1))  # orthogonal but for rounding
+            return torch.cat([values[:outliers], others[0]]), both
     return None
 
 

@@ -37,15 +37,15 @@ def replacements(model: nn.Module) -> dict[str, Replacement]:
 
     Of a container both it and the replaced modules inside it are returned.
     """
-    found: dict[str, Replacement] = {}
+    replaced: dict[str, Replacement] = {}
     outermost = None
     for name, module in model.named_modules():  # a module comes directly before all that is inside it
         if outermost is not None and name.startswith(f"{outermost}."):
             continue
         if isinstance(module, Replacement):
-            found[name] = module
+            replaced[name] = module
             outermost = outermost if isinstance(module, Container) else name
-    return found
+    return replaced
 
 
 # JSON -----------------------------------------------------------------------------------------------------
@@ -106,9 +106,9 @@ def node_from_json(data: Any) -> Node:
     data = dict(_expect(data, dict, "a node of the manifest"))
     kind = data.pop("kind", None)
     if kind not in registry.nodes:
-        known = ", ".join(registry.nodes)
+        kinds = ", ".join(registry.nodes)
         raise CheckpointError(
-            f"The manifest has a node of unknown kind {kind!r}. This version knows: {known}. "
+            f"The manifest has a node of unknown kind {kind!r}. This version knows: {kinds}. "
             f"Install the package that brings it, or a newer lowrank_ft."
         )
     cls = registry.nodes[kind]

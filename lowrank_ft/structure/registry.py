@@ -64,9 +64,9 @@ class Registry(Generic[T], Mapping[str, T]):
         try:
             return self._entries[name]
         except KeyError:
-            known = ", ".join(sorted(self._entries))
+            names = ", ".join(sorted(self._entries))
             raise RegistryError(
-                f"There is no {self._what} {name!r}.{did_you_mean(name, self._entries)} Known: {known}."
+                f"There is no {self._what} {name!r}.{did_you_mean(name, self._entries)} Known: {names}."
             ) from None
 
     def __contains__(self, name: object) -> bool:
