@@ -17,8 +17,8 @@ def identify(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, Any]
 
     Args:
         model: the model.
-        replaced: modules that the adapter brings whole. What the base has there does not count: a new
-            classifier's head is drawn at random each time.
+        replaced: modules that the adapter stores whole. The base's weights there are ignored: a new
+            classifier's head is random.
     """
     tensors = engine.stock_tensors(model)
     config = getattr(model, "config", None)
@@ -38,7 +38,7 @@ def identify(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, Any]
 
 
 def _labels(name: str, config: Any) -> dict[str, str] | None:
-    """A classifier's classes: without their number its head cannot be built again."""
+    """A classifier's classes, whose number is needed to build its head again."""
     labels = getattr(config, "id2label", None) if "Classification" in name else None
     return {str(key): str(value) for key, value in labels.items()} if labels else None
 

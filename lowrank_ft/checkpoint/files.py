@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: staged directories, checksums, JSON that proves itself."""
+"""Atomic directories, checksums, and an index that contains its own checksum."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ SCHEMA = 1
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Yield an empty directory that takes ``target``'s place when the block ends well, in one step.
+    """Yield an empty directory that replaces ``target`` in one step when the block succeeds.
 
-    Everything is synced before. If the block or the disk fails, nothing is left behind and what stood at
-    ``target`` is untouched. Files that users put beside an old checkpoint are carried over.
+    Everything is synced before. If the block or the disk fails, nothing is left behind and ``target`` is
+    unchanged. Files that users put beside an old checkpoint are carried over.
 
     Raises:
-        CheckpointError: ``target`` is there and is not a checkpoint of ours; the disk is full, read-only…
+        CheckpointError: ``target`` exists and is not a checkpoint of this package; the disk is full,
+            read-only…
     """
     target = Path(os.path.abspath(target))
     _check_replaceable(target)
@@ -81,12 +82,12 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _swap(staging: Path, target: Path) -> None:
-    """Move ``staging`` to ``target``; what was there is deleted after."""
+    """Move ``staging`` to ``target``, and then delete the old ``target``."""
     if not target.exists():
         os.rename(staging, target)
         return
     owned = _listed_files(target)
-    if not _exchange(staging, target):  # two steps, where the system cannot do it in one
+    if not _exchange(staging, target):  # two steps, where the system has no atomic exchange
         aside = target.with_name(f"{staging.name}.old")
         os.rename(target, aside)
         try:
@@ -101,14 +102,14 @@ def _swap(staging: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories atomically (Linux ``renameat2``); False where that cannot be done."""
+    """Swap two directories atomically (Linux ``renameat2``); return False where that is not possible."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, exchange = -100, 2
     return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
 
 
 def _listed_files(directory: Path) -> set[str]:
-    """The files an index names, and itself; only the index where it cannot be read."""
+    """The index and the files that it names; the index alone where it cannot be read."""
     try:
         return {INDEX, *json.loads((directory / INDEX).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):

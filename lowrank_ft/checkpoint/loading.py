@@ -1,4 +1,4 @@
-"""Load the model that a checkpoint was made for: its class, its base, and what was saved on it."""
+"""Load the model that a checkpoint was made for, with its class, base weights and adapter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 def with_head(cls: Any, path: str, dtype: str, names: Mapping[Any, str]) -> Any:
-    """Load a classifier whose head may be of another size than the one that was saved, and nothing else."""
+    """Load a classifier. Its head, and nothing else, may differ in size from the saved one."""
     model, loading = cls.from_pretrained(
         path,
         dtype=dtype_of(dtype),

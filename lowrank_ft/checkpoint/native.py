@@ -81,7 +81,7 @@ def save_model(
     figures: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a whole model, whatever stands in it; ``config`` changes entries of ``config.json``."""
+    """Write a whole model with all its replaced modules; ``config`` changes entries of ``config.json``."""
     index = {
         "content": "model",
         "stages": engine.recipes_of(model),
@@ -109,7 +109,7 @@ def save_model(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that matter when numbers are to be reproduced."""
+    """Return the versions of the packages that results depend on."""
     packages = {"lowrank_ft": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers"):
         try:
@@ -130,7 +130,7 @@ def _restricted(host: Host, names: tuple[str, ...]) -> Node | None:
 
 
 def _replaced(structure: Manifest) -> list[str]:
-    """The modules that adapters bring whole."""
+    """The modules that adapters store whole."""
     return [path for path, node in structure.items() if isinstance(node, CopiedNode)]
 
 
@@ -157,7 +157,7 @@ def _untied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load(model: nn.Module, directory: Path, name: str | None, check_base: bool) -> None:
-    """Put what a directory holds onto a fresh base, after checking all of it."""
+    """Load a directory onto a fresh base, after checking all of it."""
     index = files.read_index(directory)
     content = index.get("content")
     if content == "adapters":
@@ -206,7 +206,7 @@ def _load_adapters(
 
 
 def _by_adapter(structure: Manifest) -> dict[str, dict[str, Node]]:
-    """Sort a manifest's parts by adapter; what stands under them must be stock."""
+    """Sort a manifest's parts by adapter; the layers below them must be stock."""
     nodes: dict[str, dict[str, Node]] = {}
     for path, node in structure.items():
         if not isinstance(node, (AdaptedNode, CopiedNode)) or node.base.kind != "dense":
@@ -255,7 +255,7 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
     state = _read(directory / MODEL_FILE)
     twin = engine.meta_twin(
         model
-    )  # shapes alone, so that nothing is changed or allocated on a stranger's word
+    )  # shapes only: an untrusted checkpoint must not change the model or allocate memory
     engine.restore_structure(twin, structure)
     expected = _untied(twin)
     wrong = [
@@ -266,7 +266,7 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
     if wrong:
         raise CheckpointError(f"{directory} was saved from another module: {sorted(wrong)[:3]} differ.")
     engine.restore_structure(model, structure)
-    model.load_state_dict(state, strict=False)  # tied tensors are there under one name
+    model.load_state_dict(state, strict=False)  # tied tensors are stored under one name
     engine.restore_state(
         model,
         index.get("active") or (),
@@ -277,6 +277,6 @@ def _load_model(model: nn.Module, directory: Path, index: Mapping[str, Any]) -> 
 
 
 def export_dense(model: nn.Module, directory: Path, tokenizer: Any) -> None:
-    """Write the model as stock weights, adapters folded in and factors multiplied out; it stays as it is."""
+    """Write stock weights, adapters folded in and factors multiplied out; the model is unchanged."""
     with engine.folded(model), engine.multiplied_out(model):
         save_model(model, directory, tokenizer, None)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA directories, both ways: ours go out tensor for tensor, theirs come in."""
+"""PEFT's LoRA directories: write ours in PEFT's form, and load PEFT's."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "arrow_config": (None,),
 }
-# Starts that rewrote the base weight: their A and B mean nothing on the original base.
+# Initialisations that changed the base weight: their A and B are wrong on the original base.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -74,14 +74,14 @@ class _Exported:
     dropout: float
     transposed: bool
     tensors: Mapping[str, Tensor]
-    energies: tuple[float, float]  # squared norms of what a smaller rank lost, and of the whole
+    energies: tuple[float, float]  # squared norms of the error of a smaller rank, and of the update
 
 
 def export(model: nn.Module, directory: Path, tokenizer: Any, rank: int | None = None) -> dict[str, Any]:
     """Write the active adapter as a PEFT LoRA on the unmodified base.
 
-    LoRA goes out as it is, bit for bit; other updates with an exact low-rank form are written out in it
-    (PiSSA, OLoRA and CorDA with twice the rank); what has no such form is refused.
+    LoRA is written bit for bit. Other updates are written in their exact low-rank form (PiSSA, OLoRA and
+    CorDA with twice the rank); updates without such a form are refused.
 
     Args:
         model: the model.
@@ -168,7 +168,7 @@ def _export_layer(path: str, host: Adapted, name: str, at_most: int | None) -> _
 
 
 def _nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
-    """The nearest product of a rank, and the squared norms of what that loses and of the whole."""
+    """The nearest product of a rank, and the squared norms of its error and of the update."""
     whole = solve.Factors(B.detach().double(), A.detach().double())
     cut = whole.balanced(min(rank, *A.shape, *B.shape))
     total, kept = ((f.B.T @ f.B * (f.A @ f.A.T)).sum() for f in (whole, cut))
@@ -176,7 +176,7 @@ def _nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, tuple[flo
 
 
 def _check_conv(path: str, layer: Layer) -> None:
-    """Refuse convolutions that PEFT's LoRA computes in another way, or not at all."""
+    """Refuse convolutions that PEFT's LoRA computes differently, or does not support."""
     if not isinstance(layer, ConvLayer):
         return
     conv = layer.module
@@ -352,7 +352,7 @@ def _sort(
             layers.setdefault(match[1], {})[match[2]] = tensor
             continue
         if path.endswith(".base_layer.weight"):
-            continue  # a frozen embedding that PEFT saved along
+            continue  # a frozen embedding that PEFT saved with the adapter
         owner = next(
             (n for n in modules if path.startswith(f"{n}.") and any(sites.matches(w, n) for w in wanted)),
             None,
@@ -387,7 +387,7 @@ def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def _layout_in(layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's tensors as ours: matrices, whatever the layer."""
+    """Convert PEFT's tensors to ours: matrices for every kind of layer."""
     rename = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
     values = {}
     for key, tensor in tensors.items():

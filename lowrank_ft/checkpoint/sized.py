@@ -1,4 +1,4 @@
-"""Exports for tools that know nothing of us and hold smaller MLPs: of one width, or of one for each block."""
+"""Exports for tools without this package: smaller MLPs, of one width or of one width for each block."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def export_deci(model: nn.Module, directory: Path, tokenizer: Any) -> None:
     blocks = [
         {
             "attention": {**attention, "no_op": False, "replace_with_linear": False},
-            # Half a column below, so that rounding up gives the width whatever the division did.
+            # Half a column less, so that rounding up gives the width despite the division's rounding.
             "ffn": {
                 "ffn_mult": 3 * (width - 0.5) / (2 * config.hidden_size),
                 "no_op": False,
@@ -92,7 +92,7 @@ def _widths(model: nn.Module, format: str) -> tuple[layouts.Layout, dict[int, in
 
 
 def _other_parts(model: nn.Module) -> list[str]:
-    """Replaced modules that are no resized MLP, described by kind."""
+    """The replaced modules that are not resized MLPs, by kind."""
     kinds: dict[str, list[str]] = {}
     layout, names = layouts.layout_of(model), sites.stock_modules(model)
     for name, module in replacements(model).items():

@@ -1,8 +1,8 @@
 """Tensors of many small parts as a few large ones.
 
-An adapter has hundreds of small tensors; a header each would outweigh a kilobyte adapter. So all tensors of
-one adapter, node kind and name (``default.lora.A``) are laid end to end, sorted by module name: an order
-that depends neither on how the manifest groups modules nor on how a model registers them.
+An adapter has hundreds of small tensors; a header for each would be larger than a kilobyte adapter. So all
+tensors of one adapter, node kind and name (``default.lora.A``) are laid end to end, sorted by module name: an
+order that depends neither on how the manifest groups modules nor on how a model registers them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Nodes = Mapping[str, Node]
 
 
 def pack(name: str, nodes: Nodes, parts: Parts) -> dict[str, Tensor]:
-    """Return the values of adapter ``name``, concatenated; mixed dtypes meet in the wider one, exactly."""
+    """Return the values of adapter ``name``, concatenated; mixed dtypes become the wider one, exactly."""
     groups: dict[str, list[Tensor]] = {}
     for path, part in sorted(parts.items()):
         for key, tensor in _values(part).items():
@@ -37,7 +37,7 @@ def pack(name: str, nodes: Nodes, parts: Parts) -> dict[str, Tensor]:
 def check(name: str, nodes: Nodes, parts: Parts, packed: Mapping[str, Tensor]) -> None:
     """Raise ``CheckpointError`` unless ``packed`` holds exactly the values that ``parts`` need.
 
-    ``parts`` may be on ``meta``: nothing is allocated on the word of a manifest.
+    ``parts`` may be on ``meta``, so that an untrusted manifest cannot make this allocate memory.
     """
     wanted: dict[str, int] = {}
     real: dict[str, bool] = {}
@@ -81,5 +81,5 @@ def unpack(name: str, nodes: Nodes, parts: Parts, packed: Mapping[str, Tensor]) 
 
 
 def _values(part: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint keeps of one part."""
+    """The values that a checkpoint stores of one part."""
     return part.packed() if isinstance(part, Delta) else dict(part.state_dict())

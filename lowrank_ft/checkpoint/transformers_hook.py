@@ -23,7 +23,7 @@ from lowrank_ft.structure import manifest
 
 @register_quantization_config(engine.QUANT_METHOD)
 class ManifestConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What the engine put into ``config.quantization_config``, as transformers wants to hold it."""
+    """The engine's entry in ``config.quantization_config``, in the class that transformers expects."""
 
     def __init__(self, **content: Any) -> None:
         self.quant_method = content.pop("quant_method", engine.QUANT_METHOD)
@@ -37,7 +37,7 @@ class ManifestConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(engine.QUANT_METHOD)
 class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Builds the manifest's structure before the weights load. Quantises nothing itself."""
+    """Builds the manifest's modules before the weights are loaded. It quantises nothing."""
 
     requires_calibration = False
 
@@ -52,7 +52,7 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether Trainer may train the model with nothing of PEFT's on it."""
+        """Whether Trainer may train the model without a PEFT adapter on it."""
         return True
 
     def _process_model_before_weight_loading(
@@ -69,7 +69,7 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
         content = self.quantization_config
         self.remove_quantization_config(
             model
-        )  # the engine writes it anew: wrapped and loaded models are alike
+        )  # the engine writes it again, so that wrapped and loaded models are alike
         for module in model.modules():
             if hasattr(module, "config"):
                 module.config.__dict__.pop("_is_quantized", None)
@@ -109,7 +109,7 @@ def _check_files(model: Any, checkpoint_files: Sequence[str]) -> None:
 
 
 def _as_in_files(model: Any, state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name tensors as ``save_pretrained`` does, which for some models is not as the model does.
+    """Rename tensors as ``save_pretrained`` does: for some models its names are not the model's.
 
     Tied tensors are in the files under one name only.
     """

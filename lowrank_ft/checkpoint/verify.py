@@ -1,4 +1,4 @@
-"""Load a checkpoint in a fresh process and compare its logits: the proof that what was written is whole."""
+"""Load a checkpoint in a fresh process and compare its logits, to prove that it is complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowrank_ft.checkpoint import loading
 from lowrank_ft.errors import CheckpointError
 
-# What a launcher tells its processes; the fresh one is alone.
+# Environment variables of launchers; the fresh process must not join a group.
 _LAUNCHER = (
     "RANK",
     "LOCAL_RANK",
@@ -74,7 +74,7 @@ def _base_dtype(model: nn.Module) -> torch.dtype:
 
 
 def main() -> None:
-    """Be the fresh process."""
+    """Run the fresh process."""
     base, directory, dtype, device, threads, given, written = sys.argv[1:]
     torch.set_num_threads(int(threads))
     model = loading.load_any(base, directory, dtype)[0] if base else loading.load_whole(directory, dtype)

@@ -1,4 +1,4 @@
-"""Callbacks for any Trainer, and what it takes to train factors that are kept in half precision."""
+"""Callbacks for any Trainer, and a context in which half-precision factors train in float32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowrank_ft.modules.quantized import Quantized
 
 
 class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
-    """Makes a Trainer's (or SFTTrainer's) checkpoints hold the adapters alone, and resume exactly.
+    """Makes a Trainer's (or SFTTrainer's) checkpoints contain the adapters only, and resume exactly.
 
     From the trainer's creation to the end of training, ``checkpoint-*`` directories get the adapters, the
     optimiser, the scheduler and the random states, but not the frozen base; ``trainer.train(resume_from_
@@ -29,7 +29,7 @@ class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Tell transformers which tensors its checkpoints leave out, and DDP which it need not send."""
+        """Set which tensors transformers' checkpoints leave out and DDP does not broadcast."""
         if not engine.hosts(model):
             raise StateError(
                 "AdapterCheckpoint needs a model with an adapter: wrap() it before the Trainer is made."
@@ -68,7 +68,8 @@ def _share_packed(model: nn.Module) -> None:
         for key, tensor in module.packed.items()
     }
     for tensor in packed.values():
-        torch.distributed.broadcast(tensor.view(torch.uint8), 0)  # bytes: not all backends know all types
+        # As bytes, since not every backend supports every dtype.
+        torch.distributed.broadcast(tensor.view(torch.uint8), 0)
     if packed:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(packed))  # type: ignore[no-untyped-call]
 
@@ -79,7 +80,7 @@ class StopOnNonFinite(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Check every gradient; one reduction for all.
+        """Check all gradients with one reduction.
 
         Raises:
             NonFiniteError: naming the first parameter at fault.

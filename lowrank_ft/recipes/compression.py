@@ -34,7 +34,7 @@ from lowrank_ft.structure import registry
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """Compress a model, stage by stage, and say what each stage cost and saved."""
+    """Compress a model stage by stage, and report what each stage cost and saved."""
 
     model: ModelConfig
     """The model."""
@@ -64,15 +64,15 @@ class CompressConfig:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model is, before the first stage or after one.
+    """Measurements of a model before the first stage or after a stage.
 
     Attributes:
-        stage: what was done last.
+        stage: the last stage.
         losses: mean held-out loss by corpus, in nats per token.
         parameters: all of them, and those in blocks.
         bytes: of all parameters and persistent buffers.
         tokens_per_second: forward, one sequence of ``window`` tokens, median of three.
-        seconds: what the stage took.
+        seconds: duration of the stage.
     """
 
     stage: str
@@ -243,9 +243,9 @@ def _speed(model: nn.Module, length: int) -> float:
 def _with_measured_errors(
     rows: Sequence[Mapping[str, Any]], model: nn.Module, config: CompressConfig, probe: Tensor | None
 ) -> list[dict[str, Any]]:
-    """Add the relative output error on held-out text, on the dense model's inputs, where it can be told.
+    """Add the relative output error on held-out text, on the dense model's inputs, where it is defined.
 
-    It can for factors of stock layers, and for MLPs, whose channels are some of the dense model's.
+    It is defined for factors of stock layers, and for MLPs, whose channels are a subset of the dense ones.
     """
     errors: dict[str, float] = {}
     now = stock_modules(model)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank_ft.calibration.texts import read
 from lowrank_ft.errors import ConfigError, did_you_mean
 
-IGNORED = -100  # labels that no loss counts
+IGNORED = -100  # the label that losses ignore
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]  # makes a batch of examples
 
@@ -77,7 +77,7 @@ def load(config: DataConfig, seed: int) -> tuple[Any, Any]:
 def tokenize_for_generation(dataset: Any, config: DataConfig, tokenizer: Any) -> Any:
     """Return a dataset of ``input_ids`` and ``labels``, packed into equal blocks where asked.
 
-    In chats and prompt-completion pairs only what the model is to say has labels.
+    In chats and prompt-completion pairs only the model's answers have labels.
 
     Raises:
         ConfigError: missing columns; a chat template that the prompt cannot be masked with; too little text
@@ -146,8 +146,8 @@ def _encoder(kind: str, config: DataConfig, tokenizer: Any) -> Callable[[Mapping
 def encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> dict[str, list[int]]:
     """Return a conversation's ids, with labels on the assistant's words alone.
 
-    What the assistant says is what the chat template adds when its message is put behind the conversation so
-    far and the opening that the template gives for generating.
+    The assistant's words are the tokens that the chat template appends to the conversation so far with its
+    generation prompt.
 
     Raises:
         ConfigError: no template, or one that rewrites earlier turns when a later one is added.
@@ -191,7 +191,7 @@ def tokenize_for_classification(dataset: Any, config: DataConfig, tokenizer: Any
 
 
 def index_among(classes: Sequence[Any]) -> Callable[[Any], int]:
-    """Return what says where a label stands among the classes; for any other it raises ``ConfigError``."""
+    """Return a function from a label to its index among the classes; it raises ``ConfigError`` for others."""
     indices = {label: i for i, label in enumerate(classes)}
 
     def index(label: Any) -> int:
@@ -226,7 +226,7 @@ def classes_of(dataset: Any, content_column: str, label_column: str) -> list[Any
 
 
 def names_of(dataset: Any, label_column: str, classes: Sequence[Any]) -> list[str]:
-    """Return the classes' names: those that the dataset has for its numbers, where it has any."""
+    """Return the classes' names: those of the dataset's feature if it has any, else the labels as text."""
     named = getattr(dataset.features[label_column], "int2str", str)
     return [named(label) for label in classes]
 

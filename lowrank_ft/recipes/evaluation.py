@@ -227,8 +227,8 @@ def perplexity(
 
 
 def _windows(input_ids: Tensor, window: int, stride: int) -> list[tuple[Tensor, int]]:
-    """Windows, and how many of each one's last tokens it scores."""
-    rows, scored_to, start = [], 1, 0  # the first token has nothing before it
+    """The windows, each with the number of its last tokens that it scores."""
+    rows, scored_to, start = [], 1, 0  # the first token of the text has no context
     while scored_to < len(input_ids):
         end = min(start + window, len(input_ids))
         ids = input_ids[max(0, end - window) : end]

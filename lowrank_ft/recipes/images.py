@@ -1,4 +1,4 @@
-"""Images for the recipes: a dataset's pictures in, what a model takes and labels out.
+"""Images for the recipes: a dataset's pictures in, pixel tensors and labels out.
 
 Pictures become pixels by the model's own image processor. Where torchvision is not installed, transformers
 takes the kind that needs Pillow alone.
@@ -39,7 +39,7 @@ def load_processor(path: str, size: int | None, own_size: Any) -> Any:
         own_size: the model's own; for a model without a processor where ``size`` is not given.
 
     Raises:
-        ConfigError: Pillow is not installed; a size below 1, or none; a processor that needs more.
+        ConfigError: Pillow is not installed; a size below 1, or none; a processor with other requirements.
     """
     if importlib.util.find_spec("PIL") is None:
         raise ConfigError("Pillow, which reads images, is not installed: pip install 'lowrank_ft[images]'.")
@@ -58,7 +58,7 @@ def load_processor(path: str, size: int | None, own_size: Any) -> Any:
     if size is None:
         return processor
     square = {"height": size, "width": size}
-    # Some processors want to be told the shorter side alone, and crop the rest.
+    # Some processors take the shorter side only, and crop the rest.
     shorter = {"shortest_edge": size} if processor.size.get("shortest_edge") else square
     return AutoImageProcessor.from_pretrained(path, size=shorter, crop_size=square)
 

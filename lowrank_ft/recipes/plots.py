@@ -48,7 +48,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path
     side = 2.5 + 0.45 * min(len(classes), 40)
     figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
     axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
-    if len(classes) <= 40:  # more cannot be read
+    if len(classes) <= 40:  # more labels would be unreadable
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
         for i, j in table.nonzero().tolist():
@@ -61,7 +61,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path
 
 
 def _pyplot(what: str) -> Any:
-    """Import matplotlib's pyplot, which draws to files; or None, and a line that says what is not drawn."""
+    """Import matplotlib's pyplot for drawing to files; without matplotlib print a line and return None."""
     try:
         import matplotlib
     except ImportError:
@@ -127,7 +127,7 @@ def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]
         figure, axes = pyplot.subplots(figsize=(7.5, 3.6), layout="constrained")
         for role in roles:
             draw(axes, role, [row for row in layers if row["role"] == role])
-        if not axes.has_data():  # nothing here has that property
+        if not axes.has_data():  # no row has this property
             pyplot.close(figure)
             continue
         axes.set_xlabel(horizontal)
@@ -142,7 +142,7 @@ def _layer_plots(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]
 
 
 def _draw_shares(axes: Any, role: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    unquantised = [row for row in rows if "bits" not in row]  # stored in few bits, all of them remain
+    unquantised = [row for row in rows if "bits" not in row]  # quantised layers keep all their parameters
     if unquantised:
         blocks = [layouts.block_index(row["module"]) or 0 for row in unquantised]
         axes.plot(

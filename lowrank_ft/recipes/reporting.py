@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What stands in a model or a checkpoint.
+    """The replaced modules of a model or a checkpoint, with their sizes.
 
     Attributes:
         source: class of the model, or the directory.

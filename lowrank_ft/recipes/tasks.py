@@ -1,4 +1,4 @@
-"""What can be learnt: for each task, its model, its examples and how they become batches."""
+"""The tasks: for each its model, its examples, and how examples become batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_ft.recipes.data import Collate, DataConfig
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a task makes of a recipe.
+    """The model and the data of a task.
 
     Attributes:
         model: the base model, for a classifier with a head of the right size.

@@ -35,7 +35,7 @@ from lowrank_ft.structure import registry
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tune a model with an adapter, and say what came of it."""
+    """Fine-tune a model with an adapter, and report the result."""
 
     model: ModelConfig
     """The base model."""
@@ -131,7 +131,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
     arguments = training_arguments(config)
     set_seed(config.seed)
-    with arguments.main_process_first(desc="preparing the data"):  # the others find it in the cache
+    with arguments.main_process_first(
+        desc="preparing the data"
+    ):  # the other processes read it from the cache
         prepared, keep = _prepare(config)
     model = prepared.model
     trainer = Trainer(
@@ -156,7 +158,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         before, kept_before = measure("before")
     with in_float32(model):
         trainer.train(resume_from_checkpoint=True if config.train.resume else None)
-    # Trainer leaves its autocast around the forward; what is measured and compared now is the model's own.
+    # Trainer leaves its autocast around the forward; from here on the plain model is measured.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     after, kept_after = measure("after")
 
@@ -314,7 +316,7 @@ def _with_head(method: MethodConfig, model: nn.Module) -> MethodConfig:
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Counts the steps, their tokens and their seconds, and nothing between them."""
+    """Counts steps, their tokens and their seconds; time between steps is left out."""
 
     def __init__(self) -> None:
         self.steps = 0
