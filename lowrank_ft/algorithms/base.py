@@ -1,4 +1,4 @@
-"""What a method is: the answers to *which sites*, *what structure*, *what values*."""
+"""The base class of methods: a method answers *which sites*, *what structure* and *what values*."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FactorType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Family(enum.Enum):
-    """When a method may be applied: compress, then quantise, then adapt."""
+    """The kind of a method, which decides the order: first compress, then quantise, then adapt."""
 
     COMPRESSOR = 0
     QUANTIZER = 1
@@ -35,10 +35,10 @@ class Family(enum.Enum):
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Options of a method. Subclasses are frozen dataclasses whose field docstrings are the help texts."""
+    """Options of a method. Subclasses are frozen dataclasses; their field docstrings are the help texts."""
 
     seed: int = 0
-    """Seed of the method's random start. The global random state is neither read nor touched."""
+    """Seed of the method's random start. The global random state is neither read nor changed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LowRankConfig(AdapterConfig):
     rank: int = 16
     """Rank of the update, from 1 to min(out, in) of the layer."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Ranks of layers that differ: name, name ending, glob or "re:…" to rank; the first match counts."""
+    """Exceptions to `rank`: from name, name ending, glob or "re:…" to rank; the first match counts."""
 
     def __post_init__(self) -> None:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
@@ -79,10 +79,10 @@ class CompressorConfig(MethodConfig):
     """What the ratio is a share of: all parameters but embeddings and head, all of them, or those of the
     targeted layers."""
     align: int = 8
-    """Ranks are multiples of this; large GPUs like 128, narrow models 8."""
+    """Ranks are multiples of this: 128 is fast on large GPUs, 8 suits narrow models."""
     min_saving: float = 0.0
-    """Layers stay as they are unless at least this share of their parameters goes; set it where small savings
-    cost more speed than they are worth."""
+    """A layer stays unchanged unless at least this share of its parameters is removed. Set it if small
+    savings are not worth the speed that they cost."""
     calibration: Calibration = field(default_factory=Calibration)
     """The data that the method looks at."""
 
@@ -98,11 +98,11 @@ class CompressorConfig(MethodConfig):
         """Return how many parameters the targeted layers may keep.
 
         Args:
-            targeted: how many parameters they have.
+            targeted: how many parameters the targeted layers have.
             counts: the parameters of the model.
 
         Raises:
-            ConfigError: they have fewer than are to be removed.
+            ConfigError: the targeted layers have no more parameters than are to be removed.
         """
         whole = {"total": counts.total, "blocks": counts.blocks, "targets": targeted}[self.ratio_of]
         left = targeted - round(self.ratio * whole)
@@ -122,20 +122,20 @@ class Need(enum.Enum):
 
     INPUT = "second moment and mean of each layer's input"
     OUTPUT_GRADIENT = "second moment of the gradient at each layer's output"
-    WEIGHTED_INPUT = "second moment of each layer's input, tokens counted by the gradient at its output"
+    WEIGHTED_INPUT = "second moment of each layer's input, tokens weighted by the gradient at its output"
     FISHER = "row and column means of the squared gradient of each layer's weight"
     SENSITIVITY = "divergence of the model's output per squared error at each layer's, without gradients"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a model, tied ones once.
+    """Parameters of a model. Tied parameters count once.
 
     Attributes:
         total: all of them.
         blocks: all but embeddings and head.
         tensors: how many parameters and buffers there are.
-        bytes: what they take.
+        bytes: how many bytes these take.
     """
 
     total: int
@@ -146,14 +146,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Share:
-    """What :meth:`Method.choose` gives one site.
+    """The rank and storage that :meth:`Method.choose` decides on for one site.
 
     Attributes:
-        rank: of what is put there; None leaves the site as it is, or its layers to ``ranks``.
-        predicted: predicted rise of the model's loss, in nats per token, where the method predicts one.
-        ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
-            divides over the widths of a group that has several.
-        scheme: how the site's weights are stored, where they are quantised.
+        rank: the rank or width of the replacement; None if the site stays unchanged, or its layers have
+            ``ranks``.
+        predicted: predicted rise of the model's loss, in nats per token; None if the method predicts none.
+        ranks: without ``rank``, the rank of each layer by name, in a group whose layers are factored one by
+            one; with it, the parts of ``rank`` by width, in a group with several widths.
+        scheme: how the site's weights are stored, if they are quantised.
         handle: tensors that :meth:`Method.options` computed for :meth:`Method.values`; may be empty.
     """
 
@@ -165,11 +166,11 @@ class Share:
 
     @classmethod
     def of(cls, option: Option, *, predicts: bool) -> Share:
-        """Return the share that an option stands for.
+        """Return the share for a chosen option.
 
         Args:
-            option: what was chosen.
-            predicts: whether its loss is in nats, and so a prediction.
+            option: the option.
+            predicts: whether the option's loss is a prediction, in nats per token.
         """
         predicted = option.loss if predicts else None
         return cls(option.rank, predicted, option.ranks, option.scheme, option.handle)
@@ -183,12 +184,12 @@ class Method(ABC, Generic[ConfigT]):
     """One way to adapt or compress a model. A new method is one file with one subclass.
 
     Attributes:
-        name: how users call it.
-        family: when it may be applied.
-        Config: its options.
-        trains: whether it leaves an adapter: all of that family do.
-        spending: fields of the config that say how a budget is spent, and change nothing in an option.
-            Options in the cache serve a run with other values of these.
+        name: the method's name for users.
+        family: its kind.
+        Config: the class of its options.
+        trains: whether it leaves an adapter on the model, as all methods of the adapter family do.
+        spending: fields of the config that decide how a budget is spent, but not what the options are.
+            Cached options are reused when only these fields differ.
     """
 
     name: ClassVar[str]
@@ -198,7 +199,7 @@ class Method(ABC, Generic[ConfigT]):
     spending: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """An adapter trains."""
+        """Set ``trains`` on every subclass of the adapter family."""
         super().__init_subclass__(**kwargs)
         if getattr(cls, "family", None) is Family.ADAPTER:
             cls.trains = True
@@ -219,31 +220,31 @@ class Method(ABC, Generic[ConfigT]):
         return chosen
 
     def check(self, site: Site) -> None:
-        """Raise ``TargetError`` where the method cannot act on a site; called before any work is done."""
+        """Raise ``TargetError`` if the method cannot act on a site; called before any work is done."""
 
     def needs(self) -> frozenset[Need]:
-        """Return the statistics that the method asks for with its present options; none by default."""
+        """Return the statistics that the method needs with its present options; none by default."""
         return frozenset()
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return the options of one site, of which :meth:`choose` takes one; none by default.
+        """Return the options of one site, from which :meth:`choose` takes one; none by default.
 
-        The engine calls it for one site after another, or for several at once in threads, keeps the answer
-        in the calibration cache, and drops the site's statistics afterwards. So it looks at nothing but its
-        arguments and the config.
+        The engine calls this for one site after another, or in threads for several at once. It keeps the
+        options in the calibration cache, and drops the site's statistics afterwards. So the options must
+        depend on the arguments and the config only.
 
         Args:
-            site: where the method acts.
-            statistics: what :meth:`needs` asked for, by layer name.
+            site: the site.
+            statistics: the statistics in :meth:`needs`, by layer name.
         """
         return []
 
     def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
-        """Decide what each site gets; by default one rank for all, and the exceptions by pattern.
+        """Decide on the share of each site; by default ``rank``, or the exception in ``rank_pattern``.
 
         Args:
-            sites: where the method acts.
-            options: what :meth:`options` returned, by the site's name.
+            sites: the sites.
+            options: the options from :meth:`options`, by the site's name.
             counts: the model's parameters.
 
         Raises:
@@ -269,36 +270,36 @@ class Method(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
-        """Return for each name of the site the node of its replacement. Pure: reads shapes, never values."""
+        """Return for each module name of the site the node of its replacement; reads shapes, never values."""
 
     def deltas(self, site: Site, share: Share) -> Mapping[str, DeltaNode]:
         """Return adapters to put on the modules of :meth:`structure`; none by default.
 
-        For a method that makes both at once. The engine puts them together under the adapter's name.
+        For a method that computes a replacement and an adapter together. The engine attaches the adapter.
         """
         return {}
 
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any] | None:
-        """Fill the modules that :meth:`structure` led to; the site still has its old ones.
+        """Fill the modules that were built from :meth:`structure`; the site still has the original ones.
 
         Args:
             site: the site.
             new: the modules to fill, by name.
-            statistics: what :meth:`needs` asked for, by layer name.
-            handle: the chosen option's, computed from these same statistics. None where the statistics have
-                changed since (sequential calibration): everything is then computed again.
+            statistics: the statistics in :meth:`needs`, by layer name.
+            handle: the handle of the chosen option, computed from these same statistics. None if the
+                statistics have changed since (sequential calibration): everything is then computed again.
 
         Returns:
-            Facts for the report, plain data, or None.
+            Facts for the report as plain data, or None.
         """
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """Return a CPU random generator that depends on the seed and the module's name alone.
+    """Return a CPU random generator that depends only on the seed and the module's name.
 
-    So a start does not depend on the order of modules, on the device, or on what was drawn before.
+    So random starts do not depend on the order of modules, the device, or earlier random draws.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -1,15 +1,15 @@
-"""FLoRA: a Tucker update, a small core and one factor for each axis of the weight.
+"""FLoRA: a Tucker update, which is a small core and one factor for each axis of the weight.
 
 Si et al. 2024, arXiv 2405.14739, equation 4: ``ΔW = s · G ×₁ U₁ … ×_N U_N``. A convolution's channels and
-its kernel keep axes of their own, where a LoRA unfolds them into one matrix. In the paper the core ``G``
-starts at zero, so that at first nothing but its few numbers has a gradient. Our default starts with the
-output channels' factor at zero, as a LoRA does, which learns faster (docs/flora.md).
+its kernel keep axes of their own, which a LoRA unfolds into one matrix. In the paper the core ``G`` starts
+at zero, so at first only its few entries have a gradient. Our default starts with the output channels'
+factor at zero, as a LoRA does, which learns faster (docs/flora.md).
 
-On a linear layer, ``ΔW = s · U_out G U_inᵀ`` reaches what a LoRA of the smaller of its two ranks reaches, and
-no more. It pays on convolutions.
+On a linear layer, ``ΔW = s · U_out G U_inᵀ`` is no more expressive than a LoRA of the smaller of the two
+ranks. FLoRA pays off on convolutions.
 
-It also leaves a mode whole, without a factor, where its rank would be its size: a square factor adds
-nothing that the core cannot do. ``full_modes="factor"`` has square factors, as the paper.
+By default an axis ("mode") whose rank would equal its size has no factor, since the core can represent
+everything that a square factor could. ``full_modes="factor"`` has square factors, as in the paper.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ Ranks = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class FLoRA(ScaledOptions):
-    """FLoRA: a Tucker update, made for convolutions: a core, and a factor for each axis of the weight."""
+    """FLoRA: a Tucker update for convolutions, which is a core and a factor for each axis of the weight."""
 
     rank_out: int | None = None
-    """Rank of the output channels, where it is not `rank`."""
+    """Rank of the output channels; `rank` by default."""
     rank_in: int | None = None
-    """Rank of the input channels, where it is not `rank`."""
+    """Rank of the input channels; `rank` by default."""
     rank_kernel: int | None = None
-    """Rank of each axis of a kernel; by default they are left whole."""
+    """Rank of each axis of a kernel; by default these axes have no factors."""
     full_modes: Literal["whole", "factor"] = "whole"
-    """Where a rank is as large as its axis: leave the axis whole, or give it a square factor (the paper)."""
+    """For an axis whose rank equals its size: "whole" has no factor, "factor" a square one (the paper)."""
     budget: int | None = None
-    """Numbers to train in all: the largest rank, the same for all layers, that this allows."""
+    """Parameters to train in total: all layers get the largest rank for which there are no more."""
     scale: float | None = None
-    """Factor on the update, in place of alpha/rank (the paper's code has 1 to 4)."""
+    """Scale of the update, instead of alpha/rank (the paper's code uses 1 to 4)."""
     init: FactorStart = "lora"
-    """"lora": the output channels' factor is zero, as in a LoRA (of an embedding, the tokens'). Or the core
-    is zero, and the factors start as in the paper's code ("kaiming-normal", variance 1/(2 rank)), uniform of
-    that variance, "gaussian" of deviation 0.02, or as the leading directions of the weight's own axes
-    ("hosvd")."""
+    """"lora": the output channels' factor starts at zero, as in a LoRA (for an embedding, the tokens').
+    With the others the core starts at zero, and the factors are random: "kaiming-normal" (the paper's code,
+    variance 1/(2 rank)), "kaiming-uniform" (the same variance) or "gaussian" (standard deviation 0.02); or
+    they are the leading directions of the weight along each axis ("hosvd")."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,23 +72,23 @@ class FLoRA(ScaledOptions):
             raise ConfigError("budget decides the ranks: leave out rank_pattern, rank_out and rank_in.")
 
     def ranks_of(self, layer: Layer, rank: int) -> Ranks:
-        """Return a layer's rank for each of its modes, from one rank for its channels.
+        """Return a layer's rank for each of its modes (axes), from one rank for its channels.
 
-        A rank is at most the mode's size, and the size of all other modes together. Where the factors would
-        have as many numbers as the weight, all modes are left whole.
+        A rank is at most the mode's size, and at most the product of the other modes' sizes. If core and
+        factors would have as many entries as the weight, no mode has a factor.
 
         Args:
             layer: the layer.
-            rank: of the channels.
+            rank: the rank of the channels.
 
         Returns:
-            None for a mode that is left whole.
+            the rank of each mode; None for a mode without a factor.
         """
         shape = layer.tensor_shape
-        wanted = {"out": self.rank_out or rank, "in": self.rank_in or rank}
+        configured = {"out": self.rank_out or rank, "in": self.rank_in or rank}
         ranks: list[int | None] = []
         for mode, size in zip(layer.modes, shape, strict=True):
-            bounded = min(wanted.get(mode, self.rank_kernel or size), size, math.prod(shape) // size)
+            bounded = min(configured.get(mode, self.rank_kernel or size), size, math.prod(shape) // size)
             whole = size == 1 or (bounded == size and self.full_modes == "whole")
             ranks.append(None if whole else bounded)
         if self.full_modes == "whole" and size_of(shape, ranks) >= math.prod(shape):
@@ -96,19 +96,19 @@ class FLoRA(ScaledOptions):
         return tuple(ranks)
 
     def scale_of(self, name: str, rank: int) -> float:
-        """Return the factor on the update of the layer ``name``, whose channels have that rank."""
+        """Return the scale of the update of the layer ``name`` with this rank of its channels."""
         if self.scale is not None:
             return self.scale
         return self.alpha_of(name, rank) / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
 
 def core_shape(shape: Sequence[int], ranks: Sequence[int | None]) -> tuple[int, ...]:
-    """Return the core's shape: ranks, and sizes where a mode is whole."""
+    """Return the core's shape: the rank of each mode, or the size of a mode without a factor."""
     return tuple(size if rank is None else rank for size, rank in zip(shape, ranks, strict=True))
 
 
 def size_of(shape: Sequence[int], ranks: Sequence[int | None]) -> int:
-    """Return how many numbers a core and its factors have."""
+    """Return how many parameters a core and its factors have."""
     factors = sum(size * rank for size, rank in zip(shape, ranks, strict=True) if rank is not None)
     return math.prod(core_shape(shape, ranks)) + factors
 
@@ -119,7 +119,7 @@ class FLoRANode(DeltaNode):
     """The structure of a Tucker update of one layer."""
 
     kind: ClassVar[str] = "flora"
-    ranks: tuple[int | None, ...]  # by mode of the layer's tensor; None has no factor
+    ranks: tuple[int | None, ...]  # by mode of the layer's tensor; None means no factor
     scale: float = 1.0
     dropout: float = 0.0
 
@@ -131,7 +131,7 @@ class FLoRANode(DeltaNode):
         """Return the update for ``layer``.
 
         Raises:
-            ConfigError: another number of ranks than the weight has axes, or a rank above its axis.
+            ConfigError: the number of ranks differs from that of the weight's axes, or a rank exceeds its axis.
         """
         shape = layer.tensor_shape
         fits = len(shape) == len(self.ranks) and all(
@@ -143,7 +143,7 @@ class FLoRANode(DeltaNode):
 
 
 class FLoRADelta(Delta):
-    """``core``, and ``factor_<mode>``, ``(size, rank)``, for every mode that has one."""
+    """``core``, and ``factor_<mode>``, ``(size, rank)``, for every mode with a factor."""
 
     node: FLoRANode
     core: Tensor
@@ -160,7 +160,7 @@ class FLoRADelta(Delta):
 
     @property
     def factors(self) -> dict[str, Tensor | None]:
-        """The factors by mode; None where the core has the mode whole."""
+        """The factors by mode; None for a mode without a factor."""
         return {mode: getattr(self, f"factor_{mode}") for mode in self.layer.modes}
 
     def weight(self) -> Tensor:
@@ -169,9 +169,10 @@ class FLoRADelta(Delta):
         return self.layer.tensor_to_matrix(whole) * self.node.scale
 
     def as_lora(self) -> LowRankForm | None:
-        """Return the exact low-rank form, of the output channels' rank; on a linear layer of the smaller.
+        """Return the exact low-rank form.
 
-        None for a transposed convolution with groups, whose output factor stands once for each.
+        Its rank is the output channels'; on a linear layer, the smaller of the two ranks. None for a
+        transposed convolution with groups, which applies the output factor in each group.
         """
         layer, factors = self.layer, self.factors
         outer, inner = factors["out"], factors["in"]
@@ -190,7 +191,7 @@ class FLoRADelta(Delta):
         return LowRankForm(A, outer, self.node.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``ΔW x``: on a convolution as three small ones, or as one, whichever is less work."""
+        """Return ``ΔW x``: on a convolution by three small convolutions or one, whichever is less work."""
         layer = self.layer
         if not isinstance(layer, ConvLayer):
             return super().forward(x)
@@ -204,7 +205,7 @@ class FLoRADelta(Delta):
         return layer.run_tucker(x, factors["out"], core, factors["in"])
 
     def joins_weight(self, x: Tensor) -> bool:
-        """Whether to add ``ΔW`` to a convolution's weight is less work than to run it beside."""
+        """Whether adding ``ΔW`` to a convolution's weight is less work than running it beside the layer."""
         if not isinstance(self.layer, ConvLayer):
             return False  # W + ΔW of every linear layer would be kept for backward
         work = Work.of(self.layer, self.node.ranks, x)
@@ -213,14 +214,14 @@ class FLoRADelta(Delta):
 
 @dataclass(frozen=True)
 class Work:
-    """Multiplications that a Tucker update of a convolution takes, those of the layer itself left out.
+    """Multiplications that a Tucker update of a convolution needs, without those of the layer itself.
 
-    A product takes as many forward as for each of its two gradients.
+    A product needs as many in the forward pass as for each of its two gradients.
 
     Attributes:
-        factored: 1×1, a small convolution, 1×1.
-        dense: ``ΔW`` formed, and run beside the layer.
-        joined: ``ΔW`` formed and added to the weight, of which backward then makes the gradient.
+        factored: to run a 1×1 convolution, a small one and another 1×1.
+        dense: to form ``ΔW``, and to run it beside the layer.
+        joined: to form ``ΔW`` and add it to the weight, whose gradient the backward pass then computes.
     """
 
     factored: int
@@ -229,7 +230,7 @@ class Work:
 
     @classmethod
     def of(cls, layer: ConvLayer, ranks: Ranks, x: Tensor) -> Work:
-        """Return the work for an input ``x``, with its gradients where gradients are on."""
+        """Return the work for an input ``x``, including the gradients if gradients are enabled."""
         passes = 3 if torch.is_grad_enabled() else 1
         shape = dict(zip(layer.modes, layer.tensor_shape, strict=True))
         rank = dict(zip(layer.modes, ranks, strict=True))
@@ -244,11 +245,11 @@ class Work:
         factored = middle * channels * kernel * tiled
         factored += before * layer.module.in_channels * (rank["in"] or 0)
         factored += after * layer.module.out_channels * (rank["out"] or 0)
-        forming, reached = 0, core
+        forming, expanded = 0, core  # the factors expand the core's modes to their sizes, one after another
         for mode, width in rank.items():
             if width is not None:
-                reached = reached // width * shape[mode]
-                forming += reached * width
+                expanded = expanded // width * shape[mode]
+                forming += expanded * width
         training = (passes - 1) // 2
         return cls(
             passes * factored, passes * (middle * size + forming), training * middle * size + passes * forming
@@ -264,7 +265,7 @@ class FLoRAMethod(Method[FLoRA]):
     Config = FLoRA
 
     def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
-        """Give each layer's channels a rank; ranks above an axis are bounded by it.
+        """Give each layer's channels a rank; :meth:`FLoRA.ranks_of` bounds it by the axes' sizes.
 
         Raises:
             ConfigError: a budget below rank 1 for every layer.
@@ -277,7 +278,7 @@ class FLoRAMethod(Method[FLoRA]):
         return [Share(rank) for rank in self._spend(sites, self.config.budget)]
 
     def _spend(self, sites: Sequence[Site], budget: int) -> list[int]:
-        """Return the largest rank that the budget allows all, one more for the first that have room."""
+        """Return the largest common rank within the budget, plus one for layers for which some is left."""
         layers = [layer_of(site.modules[0]) for site in sites]
 
         def size(layer: Layer, rank: int) -> int:
@@ -301,7 +302,7 @@ class FLoRAMethod(Method[FLoRA]):
         return ranks
 
     def structure(self, site: Site, share: Share) -> Mapping[str, FLoRANode]:
-        """Return one Tucker update a layer."""
+        """Return one Tucker update for each layer."""
         self.config.check_dropout(site)
         name, rank = site.names[0], cast(int, share.rank)
         ranks = self.config.ranks_of(layer_of(site.modules[0]), rank)
@@ -310,7 +311,7 @@ class FLoRAMethod(Method[FLoRA]):
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> None:
-        """Start with ``ΔW = 0``: the core zero, the factors not."""
+        """Start with ``ΔW = 0``: one factor is zero, or the core."""
         (name,) = site.names
         delta = cast(FLoRADelta, new[name])
         layer = layer_of(site.modules[0])
@@ -328,10 +329,10 @@ class FLoRAMethod(Method[FLoRA]):
 
 
 def _start_as_lora(delta: FLoRADelta, generator: torch.Generator) -> None:
-    """Start with what corresponds to a LoRA's B at zero, or with the core, where there is no such factor.
+    """Start with the output channels' factor at zero, like a LoRA's B; if there is no such factor, the core.
 
-    Of an embedding that is the tokens' factor, as in PEFT. The other channels' factor is what a LoRA's other
-    one is; core and kernel factors keep lengths.
+    For an embedding it is the tokens' factor, as in PEFT. The factor of the other channels starts like a
+    LoRA's A; the core and the kernel's factors are orthogonal, so that they preserve norms.
     """
     embedding = delta.layer.kind == "embedding"
     factors, zero = delta.factors, "in" if embedding else "out"
@@ -358,7 +359,7 @@ def _start_as_lora(delta: FLoRADelta, generator: torch.Generator) -> None:
 
 
 def _random(shape: torch.Size, start: FactorStart, generator: torch.Generator) -> Tensor:
-    """A factor ``(size, rank)``: of variance 1/(2 rank), as torch's Kaiming start for a slope of √3."""
+    """A factor ``(size, rank)`` of variance 1/(2 rank), torch's Kaiming start with a=√3; or "gaussian"."""
     values = torch.empty(shape)
     if start == "gaussian":
         return values.normal_(std=0.02, generator=generator)
@@ -367,7 +368,7 @@ def _random(shape: torch.Size, start: FactorStart, generator: torch.Generator) -
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest number from 0 to ``most`` that fits, where every smaller one does."""
+    """Return the largest number from 0 to ``most`` that fits, if every smaller number fits too."""
     low = 0
     while low < most:
         middle = (low + most + 1) // 2

@@ -6,9 +6,10 @@ takes the mean, ``b' = b + (W − B A) μ``. For ``U`` the leading eigenvectors 
 arXiv 2309.14021, section 3; AFM: Yu and Wu 2023). Uncentred, with ``C = E[x xᵀ]``, it is the activation-aware
 decomposition that others call whitened SVD.
 
-Our default weighs outputs by what they do to the loss: with ``G`` the second moment of the loss's gradient at
-the outputs, ``½ ‖G^½ (W − B A) C^½‖²_F`` is, to second order and with the Fisher matrix factored by layer,
-the rise of the loss in nats per token. In that one currency ranks of all layers compete for one budget.
+Our default weighs errors of the outputs by their effect on the loss: with ``G`` the second moment of the
+loss's gradient at the outputs, ``½ ‖G^½ (W − B A) C^½‖²_F`` is, to second order and with the Fisher matrix
+factored by layer, the rise of the loss in nats per token. In this common unit the ranks of all layers compete
+for one budget.
 """
 
 from __future__ import annotations
@@ -49,24 +50,24 @@ class LoRD(CompressorConfig):
     """LoRD: replace layers by two thin factors that preserve their outputs on real data."""
 
     objective: Objective = "loss"
-    """What to keep: the model's loss (one backward pass), the layers' outputs (the paper), or the weights
-    themselves (plain SVD, no data)."""
+    """What to preserve: the model's loss (needs a backward pass), the layers' outputs (the paper), or the
+    weights (plain SVD, needs no data)."""
     allocation: Literal["loss", "probe", "uniform"] | None = None
-    """How ranks share the budget: by predicted loss; by output error times the sensitivity of the loss to it,
-    probed by forward passes (no gradients); or the same ratio for every layer. By default by loss where that
-    is the objective, else uniform."""
+    """How ranks share the budget: "loss" by predicted loss; "probe" by output error times the model's
+    sensitivity to it, measured by forward passes (no gradients); "uniform" with one ratio for all layers. By
+    default "loss" if that is the objective, else "uniform"."""
     centered: bool | None = None
-    """Let the bias take the mean output, so that the factors spend nothing on it (AFM). By default where a
-    layer has a bias; True gives every layer one, which stock models of some families cannot hold."""
+    """Let the bias compensate the mean error, so that the factors need not represent the mean (AFM). By default
+    only in layers with a bias; True adds one to every layer, which some stock models cannot hold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wanted = {"loss": "loss", "probe": "output"}.get(self.allocation or "", self.objective)
-        if self.objective != wanted:
+        required = {"loss": "loss", "probe": "output"}.get(self.allocation or "", self.objective)
+        if self.objective != required:
             raise ConfigError(
-                f"allocation={self.allocation!r} needs objective={wanted!r}: what "
-                f"objective={self.objective!r} measures cannot be compared between layers, and spending a "
-                f"budget by it is worse than uniform ranks."
+                f"allocation={self.allocation!r} needs objective={required!r}: the errors of "
+                f"objective={self.objective!r} cannot be compared between layers, and spending a budget by "
+                f"them is worse than uniform ranks."
             )
 
 
@@ -80,7 +81,7 @@ class LoRDMethod(Method[LoRD]):
     spending = frozenset({"ratio", "ratio_of"})
 
     def needs(self) -> frozenset[Need]:
-        """Nothing for plain SVD; inputs; gradients too for the loss, or probes in their place."""
+        """Inputs, and for the loss gradients or probes; nothing for plain SVD."""
         if self.config.allocation == "probe":
             return frozenset({Need.INPUT, Need.SENSITIVITY})
         return needs_of(self.config.objective)
@@ -95,7 +96,7 @@ class LoRDMethod(Method[LoRD]):
             )
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return every aligned rank below break-even, and the layer as it is."""
+        """Return every aligned rank that saves parameters, and the unchanged layer."""
         layer, moments = layer_of(site.modules[0]), statistics.get(site.name)
         probed = None if moments is None or self.config.allocation != "probe" else moments.sensitivity
         centers = self._centers(layer)
@@ -105,7 +106,7 @@ class LoRDMethod(Method[LoRD]):
             centers=centers,
             align=self.config.align,
             min_saving=self.config.min_saving,
-            worth=0.5 if probed is None else probed,
+            loss_per_error=0.5 if probed is None else probed,
         )
 
     def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
@@ -114,13 +115,13 @@ class LoRDMethod(Method[LoRD]):
         Raises:
             ConfigError: a budget that these layers cannot meet.
         """
-        dense = {site.name: size_of(layer_of(site.modules[0])) for site in sites}
+        dense = {site.name: layer_of(site.modules[0]).size for site in sites}
         budget = self.config.budget(sum(dense.values()), counts)
         chosen = allocate(options, budget) if self._predicts else uniform(options, dense, budget)
         return [Share.of(chosen[site.name], predicts=self._predicts) for site in sites]
 
     def structure(self, site: Site, share: Share) -> Mapping[str, LowRankNode]:
-        """Return two factors, or nothing where the layer stays dense."""
+        """Return two factors, or nothing if the layer stays dense."""
         if share.rank is None:
             return {}
         layer = layer_of(site.modules[0])
@@ -146,7 +147,7 @@ class LoRDMethod(Method[LoRD]):
 
     @property
     def _predicts(self) -> bool:
-        """Whether an option's loss is a prediction in nats."""
+        """Whether an option's loss is a prediction in nats per token."""
         return self.config.allocation in ("loss", "probe") or (
             self.config.allocation is None and self.config.objective == "loss"
         )
@@ -156,7 +157,7 @@ class LoRDMethod(Method[LoRD]):
 
 
 def needs_of(objective: Objective) -> frozenset[Need]:
-    """Return the statistics of an objective: none for the weights, inputs, and for the loss gradients too."""
+    """Return the statistics that an objective needs: none for the weights, inputs, for the loss also gradients."""
     needs: dict[str, set[Need]] = {
         "weight": set(),
         "output": {Need.INPUT},
@@ -166,20 +167,20 @@ def needs_of(objective: Objective) -> frozenset[Need]:
 
 
 def centers(layer: Layer) -> bool:
-    """Whether a layer's bias takes its mean output by default: where it has one. An embedding always can."""
+    """Whether a layer's bias compensates the mean error by default: if it has a bias, or is an embedding."""
     return layer.bias is not None or layer.kind == "embedding"
 
 
 def decompose(
     layer: Layer, moments: SiteStatistics | None, objective: Objective, *, centers: bool
 ) -> Decomposition:
-    """Decompose a layer under the metric of its inputs, and of its outputs' gradients.
+    """Decompose a layer, with errors weighed by its inputs' and its output gradients' second moments.
 
     Args:
-        layer: linear, an embedding, or a convolution as a matrix of patches.
-        moments: its moments; without any, its weights are decomposed as they are.
-        objective: what errors count by.
-        centers: leave the mean to the bias.
+        layer: a linear layer, an embedding, or a convolution (as a matrix on patches).
+        moments: the layer's moments; without them the errors are not weighed.
+        objective: what weighs the errors.
+        centers: whether the bias compensates the mean error.
     """
     if moments is None or objective == "weight":
         return solve.decompose(layer.matrix())
@@ -196,10 +197,10 @@ def decompose(
 
 
 def target_of(layer: Layer, moments: SiteStatistics | None, *, centers: bool) -> Tensor:
-    """Return the matrix that factors stand for, ``(out, in)``, float64.
+    """Return the matrix that the factors approximate, ``(out, in)``, float64.
 
-    It is the layer's own, but for an embedding whose bias takes the mean: of one-hot tokens the table without
-    its mean row has the same covariance.
+    It is the layer's own, except for an embedding whose bias compensates the mean. There it is the table minus
+    its mean row: for one-hot tokens, subtracting the mean from the table centres the outputs.
     """
     matrix = layer.matrix().double()
     if moments is None or not centers or moments.C.dim() == 2:
@@ -214,19 +215,19 @@ def rank_options(
     centers: bool,
     align: int,
     min_saving: float,
-    worth: float = 0.5,
+    loss_per_error: float = 0.5,
 ) -> list[Option]:
-    """Return every aligned rank below break-even, and the layer as it is.
+    """Return every aligned rank that saves parameters, and the unchanged layer.
 
     Args:
         layer: the layer.
         decomposition: its decomposition.
-        centers: whether its bias takes the mean, so that it needs one.
+        centers: whether the bias compensates the mean error, so that the layer needs one.
         align: ranks are multiples of this.
-        min_saving: the least share of its parameters that must go.
-        worth: predicted nats for one unit of the squared weighted error.
+        min_saving: the least share of the layer's parameters that an option must remove.
+        loss_per_error: predicted nats per token for one unit of the squared weighted error.
     """
-    rows, columns, dense = layer.out_features, layer.in_features, size_of(layer)
+    rows, columns, dense = layer.out_features, layer.in_features, layer.size
     bias = rows if layer.bias is not None or centers else 0
     tails = decomposition.total - torch.cumsum(decomposition.energies, 0)
     step = min(align, min(rows, columns))
@@ -235,21 +236,21 @@ def rank_options(
     handle = decomposition.cut(max(ranks)).tensors() if ranks else {}
     return [
         Option(None, dense, 0.0),
-        *(Option(r, sizes[r], max(worth * float(tails[r - 1]), 0.0), handle=handle) for r in ranks),
+        *(Option(r, sizes[r], max(loss_per_error * float(tails[r - 1]), 0.0), handle=handle) for r in ranks),
     ]
 
 
 def fill(
     module: LowRank, layer: Layer, moments: SiteStatistics | None, cut: Cut, *, centers: bool
 ) -> dict[str, Any]:
-    """Fill two factors and their bias with the best of their rank, and return their errors.
+    """Fill a low-rank module with the best factors of its rank, and its bias; return their errors.
 
     Args:
-        module: to be filled.
-        layer: the layer that they replace.
+        module: the module to fill.
+        layer: the layer that it replaces.
         moments: the layer's moments; None for plain SVD.
-        cut: its leading directions, as many as the rank or more.
-        centers: whether the bias takes the mean.
+        cut: the layer's leading directions, at least as many as the rank.
+        centers: whether the bias compensates the mean error.
     """
     factors = cut.truncate(module.rank).balanced()
     weight = layer.matrix().double()
@@ -280,18 +281,13 @@ def fill(
 
 
 def output_error(weight: Tensor, difference: Tensor, C: Tensor) -> float:
-    """Return the relative error of a layer's outputs, bias apart: ``‖ΔW C^½‖ / ‖W C^½‖``."""
+    """Return the relative error of a layer's outputs without the bias: ``‖ΔW C^½‖ / ‖W C^½‖``."""
     C = C.to(weight.device)
     error = max(solve.weighted_error(difference, C), 0.0)  # rounding can make it negative where C is singular
     return math.sqrt(error / max(solve.weighted_error(weight, C), 1e-300))
 
 
-def size_of(layer: Layer) -> int:
-    """Return how many parameters a dense layer has."""
-    return layer.out_features * layer.in_features + (0 if layer.bias is None else layer.out_features)
-
-
 def thinned(values: Tensor, points: int = 64) -> list[float]:
-    """Return at most so many values, evenly spaced, for a plot."""
+    """Return evenly spaced values for a plot, fewer than twice ``points``."""
     step = max(1, len(values) // points)
     return [float(f"{value:.4g}") for value in values[::step].tolist()]

@@ -255,7 +255,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
 
 def size_of(site: Site) -> int:
     """Return how many parameters the layers of a site have."""
-    return sum(lord.size_of(layer_of(module)) for module in site.layers.values())
+    return sum(layer_of(module).size for module in site.layers.values())
 
 
 def _influence(site: Site, statistics: Statistics) -> float | None:

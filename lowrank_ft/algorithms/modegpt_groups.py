@@ -534,7 +534,7 @@ class FusedAttention(Group):
         moments = self._moments_of_parts(statistics)
         qk, vo = self.qk.options(moments, config), self.vo.options(moments, config)
         if config.shares == "loss":
-            whole = [Option(None, sum(map(lord.size_of, g.layers)), 0.0) for g in (self.qk, self.vo)]
+            whole = [Option(None, sum(layer.size for layer in g.layers), 0.0) for g in (self.qk, self.vo)]
             pairs = combined({QK: [whole[0], *qk], VO: [whole[1], *vo]})
             ranks = [{QK: self.width, VO: self.width, **pair.ranks} for pair in pairs]
             losses = [pair.loss for pair in pairs]
@@ -555,7 +555,7 @@ class FusedAttention(Group):
 
     def _size(self, ranks: Ranks) -> int:
         nodes = self.structure(0, ranks)
-        kept = 0 if self.names[1] in nodes else lord.size_of(self.o)
+        kept = 0 if self.names[1] in nodes else self.o.size
         return _size(nodes) + kept
 
     def fill(

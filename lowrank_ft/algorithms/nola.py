@@ -1,13 +1,13 @@
 """NOLA: a LoRA whose factors are combinations of random matrices, so that an adapter is a few kilobytes.
 
 Koohpayegani et al. 2024, arXiv 2310.02556, equation 3: ``A = Σ α_i A_i``, ``B = Σ β_j B_j`` with frozen
-random ``A_i: r × in`` and ``B_j: out × r``; only the coefficients α and β are trained and kept. Here the
-random matrices are signs that are a pure function of a seed, the layer's name and an index
-(:mod:`lowrank_ft.basis.philox`), so that the same adapter is the same bits on every machine;
+random ``A_i: r × in`` and ``B_j: out × r``; only the coefficients α and β are trained and saved. Here the
+entries of the random matrices are signs, a pure function of a seed, the layer's name and an index
+(:mod:`lowrank_ft.basis.philox`), so the same adapter is bit-identical on every machine.
 ``basis="uniform"`` draws the paper's uniform entries from the same function.
 
-``A`` has a frozen random start beside its combination, as in the paper's code for language models: with α and
-β both zero ``ΔW = 0``, and β has a gradient.
+A frozen random matrix is added to the combination in ``A``, as in the paper's code for language models: with
+α and β both zero ``ΔW = 0``, and yet β has a gradient.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ Basis = Literal["rademacher", "uniform"]
 
 @dataclass(frozen=True)
 class NOLA(ScaledOptions):
-    """NOLA: a LoRA of which only the coefficients of random matrices are trained and kept."""
+    """NOLA: a LoRA made of random matrices, of which only the coefficients are trained and saved."""
 
     bases: int = 128
-    """Random matrices that each factor combines, and so coefficients it has: a layer trains twice as many."""
+    """Number of random matrices in each factor, one coefficient for each: a layer trains twice as many."""
     basis: Basis = "rademacher"
     """Entries of the random matrices: signs, or the paper's uniform ones, which are slower to draw."""
     init: CoefficientStart = "kaiming"
-    """A starts from a frozen random matrix with its coefficients at zero, or without one from random
-    coefficients; B at zero. (Embeddings: the other way round.)"""
+    """Start of A: "kaiming" is a frozen random matrix, with coefficients of zero; "coefficients" has random
+    coefficients, and no such matrix. B starts at zero. (For embeddings, A and B are exchanged.)"""
     bits: Literal[32, 16, 8, 4] = 32
-    """Bits of a coefficient in a checkpoint; with fewer than 32, what is evaluated is rounded to them."""
+    """Bits of a coefficient in a checkpoint; with fewer than 32, evaluation too uses the rounded values."""
     train_rounded: bool = False
-    """Train on the rounded coefficients too, passing gradients through the rounding as they are."""
+    """Use the rounded coefficients in training too; gradients pass through the rounding unchanged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +104,7 @@ class NOLADelta(Delta):
         self.coefficients_A = self.new_parameter(node.bases)
         self.coefficients_B = self.new_parameter(node.bases)
         self.dropout = node.dropout
-        embedding = layer.kind == "embedding"  # PEFT's: A is zero there, and B standard normal
+        embedding = layer.kind == "embedding"  # as in PEFT, its A starts at zero, its B standard normal
         kaiming = 1 / math.sqrt(3 * layer.in_features)
         start_A, start_B = (0.0, 1.0) if embedding else (kaiming, 0.0)
         if node.init == "coefficients":
@@ -117,7 +117,7 @@ class NOLADelta(Delta):
         return Combination(stream, shape, self.node.bases, start)
 
     def as_lora(self) -> LowRankForm:
-        """Return the two factors, built once for each step of the optimiser."""
+        """Return the two factors; they are built once for each step of the optimiser."""
         bits = self.node.bits if self.rounds else 32
         A = self.A.value(self.coefficients_A, bits)
         B = self.B.value(self.coefficients_B, bits)
@@ -125,29 +125,22 @@ class NOLADelta(Delta):
 
     @property
     def rounds(self) -> bool:
-        """Whether the coefficients are rounded to ``bits`` right now."""
+        """Whether the coefficients are rounded to ``bits`` in the present mode."""
         return self.node.train_rounded or not (self.training and torch.is_grad_enabled())
 
     def packed(self) -> dict[str, Tensor]:
-        """Return the coefficients in ``bits`` bits."""
+        """Return the coefficients as a checkpoint stores them, in ``bits`` bits."""
         packed = {}
         for name, values in super().packed().items():
-            if self.node.bits in (4, 8):
-                packed[f"{name}.codes"], packed[f"{name}.scales"] = blockwise.encode(values, self.node.bits)
-            else:
-                packed[name] = values.bfloat16() if self.node.bits == 16 else values
+            packed.update(blockwise.pack(name, values, self.node.bits))
         return packed
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
-        """Fill the coefficients from what :meth:`packed` gave."""
-        if self.node.bits in (4, 8):
-            packed = {
-                name: blockwise.decode(
-                    packed[f"{name}.codes"], packed[f"{name}.scales"], self.node.bits, values
-                )
-                for name, values in self.state_dict().items()
-            }
-        super().unpack(packed)
+        """Fill the coefficients from the tensors that :meth:`packed` returned."""
+        coefficients = self.state_dict().items()
+        super().unpack(
+            {name: blockwise.unpack(name, packed, self.node.bits, values) for name, values in coefficients}
+        )
 
     @cached_property
     def fingerprint(self) -> bytes:
@@ -165,7 +158,7 @@ class NOLAMethod(Method[NOLA]):
     Config = NOLA
 
     def structure(self, site: Site, share: Share) -> Mapping[str, NOLANode]:
-        """Return one NOLA a layer."""
+        """Return one NOLA for each layer."""
         self.config.check_dropout(site)
         name, rank, c = site.names[0], cast(int, share.rank), self.config
         node = NOLANode(

@@ -113,7 +113,7 @@ class TuckerMethod(Method[Tucker]):
         self, layer: ConvLayer, choices: Mapping[str, Sequence[int | None]], tails: Mapping[str, Tensor]
     ) -> list[Option]:
         """Return the pairs of ranks that are small enough, with their predicted loss."""
-        dense = lord.size_of(layer)
+        dense = layer.size
         options = [Option(None, dense, 0.0)]
         for rank_out, rank_in in itertools.product(choices["out"], choices["in"]):
             size = size_of(layer, rank_out, rank_in)
@@ -135,7 +135,7 @@ class TuckerMethod(Method[Tucker]):
         if self.config.energy is not None:
             chosen = {name: min(of_site, key=lambda o: o.size) for name, of_site in options.items()}
         else:
-            dense = {site.name: lord.size_of(layer_of(site.modules[0])) for site in sites}
+            dense = {site.name: layer_of(site.modules[0]).size for site in sites}
             budget = self.config.budget(sum(dense.values()), counts)
             chosen = allocate(options, budget) if by_loss else uniform(options, dense, budget)
         return [Share.of(chosen[site.name], predicts=by_loss) for site in sites]

@@ -1,4 +1,4 @@
-"""Accumulators of one layer in a backward pass: one small class for each statistic."""
+"""Statistics that a backward pass accumulates for one layer: one small class for each of them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Arrival:
     Attributes:
         layer: the layer.
         x: its input, ``(batch, tokens, in)`` or as the layer takes it.
-        gradient: of the loss at its output, ``(batch, tokens, out)`` or as the layer gives it.
-        mask: ``(batch, tokens)``, true where a position is real; None where all are.
+        gradient: of the loss at its output, ``(batch, tokens, out)`` or in the shape of the output.
+        mask: ``(batch, tokens)``, true where a position is real; None if all positions are.
     """
 
     layer: Layer
@@ -57,26 +57,26 @@ class Accumulator(Protocol):
 
 
 def accumulators_of(layer: Layer, parts: Sequence[int], fisher: bool, weighted: bool) -> list[Accumulator]:
-    """Return what sums up a layer's statistics.
+    """Return the accumulators of a layer, one for each statistic.
 
     Args:
         layer: the layer.
-        parts: how many of its outputs are queries, keys and values; empty where it is not all three.
-        fisher: whether row and column means of the weight's squared gradients are wanted.
-        weighted: whether the second moment of its input, tokens counted by their gradient, is wanted.
+        parts: how many of its outputs are queries, keys and values; empty unless it computes all three.
+        fisher: whether to add row and column means of the weight's squared gradients.
+        weighted: whether to add the input's second moment with tokens weighted by their squared gradient.
     """
-    chosen: list[Accumulator] = [OutputMoment(layer)]
+    accumulators: list[Accumulator] = [OutputMoment(layer)]
     if parts:
-        chosen.append(HeadMoments(parts))
+        accumulators.append(HeadMoments(parts))
     if weighted and layer.kind in ("linear", "transposed-linear"):
-        chosen.append(WeightedInput(layer))
+        accumulators.append(WeightedInput(layer))
     if fisher and layer.kind != "embedding":
-        chosen.append(FisherMeans())
-    return chosen
+        accumulators.append(FisherMeans())
+    return accumulators
 
 
 class OutputMoment:
-    """``G``; of a layer with more outputs than inputs ``Wᵀ G W`` instead, and the diagonal of G."""
+    """``G``; for a layer with more outputs than inputs, ``Wᵀ G W`` and the diagonal of G instead."""
 
     def __init__(self, layer: Layer) -> None:
         self.moments = Moments(min(layer.out_features, layer.in_features))
@@ -100,8 +100,8 @@ class OutputMoment:
         """
         if self.moments.tokens == 0:
             raise TargetError(
-                f"The output of {name} does not reach the loss, so nothing says what it is worth. "
-                f"Exclude it, or pass a loss= that it reaches."
+                f"The output of {name} does not reach the loss, so its errors cannot be weighed. "
+                f"Exclude it, or pass a loss= that depends on it."
             )
         moment = self.moments.second(name)
         if self.diagonal is None:
@@ -110,9 +110,9 @@ class OutputMoment:
 
 
 class HeadMoments:
-    """``G_q`` and ``G_k`` of a layer that gives queries, keys and values at once.
+    """``G_q`` and ``G_k`` of a layer that computes queries, keys and values at once.
 
-    Such a layer has more outputs than inputs, so its whole G is not kept.
+    Such a layer has more outputs than inputs, so :class:`OutputMoment` does not keep its whole G.
     """
 
     def __init__(self, parts: Sequence[int]) -> None:
@@ -131,27 +131,28 @@ class HeadMoments:
 
 
 class WeightedInput:
-    """``C_weighted``: the input's second moment, each token counted by its squared gradient."""
+    """``C_weighted``: the input's second moment, each token weighted by its squared gradient."""
 
     def __init__(self, layer: Layer) -> None:
         self.moments = Moments(layer.in_features)
         self.weight = 0.0
 
     def add(self, arrival: Arrival) -> None:
-        """Add the input's rows, each times the length of its gradient."""
+        """Add the input's rows, each multiplied by the norm of its gradient."""
         gradient = arrival.rows
         norms = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm(dim=1, keepdim=True)
         self.moments.add(arrival.inputs * norms)
         self.weight += float(norms.square().sum(dtype=torch.float64))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return ``C_weighted``, the mean over tokens that count by their weights."""
+        """Return ``C_weighted``, the mean over tokens weighted by their squared gradients."""
+        # second() divides by the number of tokens; the mean over weights divides by their sum.
         mean = self.moments.tokens / max(self.weight, 1e-300)
         return {"C_weighted": self.moments.second(name) * mean}
 
 
 class FisherMeans:
-    """Row and column means of the squared gradient of the weight, one gradient a sequence."""
+    """Row and column means of the weight's squared gradient, with one gradient for each sequence."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
@@ -174,7 +175,7 @@ class FisherMeans:
             self.columns = columns if self.columns is None else self.columns + columns
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return ``fisher_rows`` and ``fisher_columns``; nothing where no gradient arrived."""
+        """Return ``fisher_rows`` and ``fisher_columns``; an empty dict if no gradient arrived."""
         if self.rows is None or self.columns is None:
             return {}
         return {"fisher_rows": self.rows, "fisher_columns": self.columns}

@@ -1,4 +1,4 @@
-"""Calibration data: batches, a DataLoader, a dataset, a file or texts in; a list of batches out."""
+"""Calibration data: turn batches, a DataLoader, a dataset, a file or texts into a list of batches."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class Calibration:
     gradient_samples: int = 32
     """How many of them the backward pass for the output gradients uses."""
     probe_samples: int = 1
-    """How many of those are run, once for every layer, where sensitivities are probed instead."""
+    """How many of those each layer's probe runs, if sensitivities are probed instead of differentiated."""
     length: int = 512
-    """Tokens of a sequence; texts are laid end to end and cut, unless the tokenizer marks their starts."""
+    """Tokens in a sequence. Texts are concatenated and cut, unless the tokenizer has a CLS token."""
     batch_size: int = 4
-    """Sequences that run at a time."""
+    """Sequences in a batch."""
     seed: int = 0
-    """Which sequences are drawn, where there are more than `samples`."""
+    """Seed of the random choice of sequences, if there are more than `samples`."""
     hidden_states: Literal["memory", "disk"] = "memory"
-    """Where to keep what lies between two blocks: `samples · length` positions, and for the backward pass
-    `gradient_samples · length` positions of every block."""
+    """Where to keep the hidden states between two blocks: `samples · length` positions, and for the backward
+    pass `gradient_samples · length` positions of every block."""
     measure_options: bool = False
-    """Measure what each option that was chosen does to the model's output, one at a time, beside what was
-    predicted of it; costs a forward pass of the probes for each of them."""
+    """Measure how much each compressed layer (or group of layers) alone changes the model's output, to
+    compare with the predicted loss; costs a forward pass over the probe sequences for each of them."""
     sequential: bool = False
-    """Let every block see what its compressed predecessors give it; costs a second pass."""
+    """Calibrate every block on the outputs of the compressed blocks before it; costs a second pass."""
     cache: str | None = None
-    """Directory where statistics are kept for the next ratio or method, and finished layers for a resume."""
+    """Directory that keeps statistics, for another ratio or method, and finished layers, to resume a run."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "gradient_samples", "probe_samples", "length", "batch_size"):
@@ -58,9 +58,9 @@ class Source:
     """The calibration data that a caller passes, and how to read it.
 
     Attributes:
-        data: calibration data, as :func:`prepare` takes it; None for none.
-        tokenizer: turns texts in it into tokens.
-        loss: what to differentiate, the caller's own; None for the default.
+        data: calibration data, as :func:`prepare` takes it, or None.
+        tokenizer: turns texts in the data into tokens.
+        loss: the caller's own loss, to be differentiated; None for the default.
     """
 
     data: Any = None
@@ -68,16 +68,16 @@ class Source:
     loss: Loss | None = None
 
     def __bool__(self) -> bool:
-        """Whether anything was given."""
-        return any(given is not None for given in (self.data, self.tokenizer, self.loss))
+        """Whether the caller passed anything."""
+        return any(argument is not None for argument in (self.data, self.tokenizer, self.loss))
 
 
 def prepare(data: Any, tokenizer: Any, settings: Calibration) -> list[Batch]:
     """Return calibration batches on the CPU.
 
     Args:
-        data: batches (dicts of tensors with a batch dimension) or a DataLoader, taken as they are; texts, a
-            ``datasets.Dataset`` with a column ``text``, or the path of a file that holds one.
+        data: batches (dicts of tensors with a batch dimension) or a DataLoader, used unchanged; texts, a
+            ``datasets.Dataset`` with a column ``text``, or the path of a file that contains one.
         tokenizer: turns texts into tokens; batches need none.
         settings: how many sequences, how long.
 
@@ -96,14 +96,14 @@ def prepare(data: Any, tokenizer: Any, settings: Calibration) -> list[Batch]:
             "The calibration data can be read only once (an iterator): pass a list or a DataLoader."
         )
     rows = _texts(data)
-    batches = _from_texts(rows, tokenizer, settings) if rows is not None else _as_they_are(data, settings)
+    batches = _from_texts(rows, tokenizer, settings) if rows is not None else _as_tensors(data)
     if not batches or count_tokens(batches) == 0:
         raise ConfigError("The calibration data has no tokens.")
     return batches
 
 
 def _texts(data: Any) -> Sequence[str] | None:
-    """The texts in ``data``, or None where it holds batches."""
+    """The texts in ``data``, or None if it contains batches."""
     if hasattr(data, "column_names"):
         if "text" not in data.column_names:
             raise ConfigError(f"The calibration dataset has no column 'text', but {data.column_names}.")
@@ -113,7 +113,8 @@ def _texts(data: Any) -> Sequence[str] | None:
     return None
 
 
-def _as_they_are(data: Any, settings: Calibration) -> list[Batch]:
+def _as_tensors(data: Any) -> list[Batch]:
+    """The batches in ``data``, without their entries that are not tensors."""
     batches = []
     for batch in data:
         if not isinstance(batch, Mapping):
@@ -130,7 +131,7 @@ def _from_texts(texts: Sequence[str], tokenizer: Any, settings: Calibration) -> 
     generator = torch.Generator().manual_seed(settings.seed)
     if getattr(tokenizer, "cls_token_id", None) is None:
         blocks = _packed(texts, tokenizer, settings.length)
-    else:  # each text of an encoder begins with its own special token
+    else:  # an encoder's texts are not concatenated: each must begin with its special token
         encoded = tokenizer(list(texts), truncation=True, max_length=settings.length)["input_ids"]
         blocks = [ids for ids in encoded if ids]
     order = torch.randperm(len(blocks), generator=generator).tolist()[: settings.samples]
@@ -157,13 +158,13 @@ def _padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:
 
 
 def mask_of(batch: Batch) -> Tensor | None:
-    """Return which positions of a batch are real, ``(batch, tokens)``, or None where all are."""
+    """Return which positions of a batch are real, ``(batch, tokens)``, or None if all are."""
     mask = batch.get("attention_mask")
     return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 
 def count_tokens(batches: Iterable[Batch]) -> int:
-    """Return the number of real tokens (positions; images, where there are no tokens)."""
+    """Return the number of real tokens; for data without token ids, the number of images or other samples."""
     total = 0
     for batch in batches:
         mask = mask_of(batch)

@@ -32,16 +32,16 @@ def inputs(
     store: Store,
     after: Callable[[Sequence[str]], bool] | None = None,
 ) -> None:
-    """Put the second moment and mean of every layer's input, and every block's influence, into the store.
+    """Store the second moment and mean of every layer's input, and every block's influence.
 
     Args:
         model: in eval mode.
         chain: its blocks, or None for one pass over the whole model.
         modules: the layers, by name.
         batches: the data.
-        store: where finished blocks are; layers that are there already are not gathered again.
-        after: called with a block's layers once their statistics are there. Where it returns True it has
-            changed the block; the block then runs again, so that later blocks see its new output.
+        store: receives the statistics; layers that it has already are not gathered again.
+        after: called with the names of a block's layers once their statistics are stored. It returns True if
+            it has changed the block. The block then runs again, so that later blocks get its new output.
 
     Raises:
         NonFiniteError: an activation that is NaN or infinite, with the layer's name.
@@ -69,12 +69,12 @@ def inputs(
 
 
 def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, str]:
-    """Return for each layer the layer with the same input, whose moments it shares; runs one forward.
+    """Return for each layer the first layer with the same input, whose moments it shares; runs one forward.
 
     Args:
         model: in eval mode.
         modules: the layers, by name.
-        batch: of which the first sequence runs.
+        batch: data; only its first sequence runs.
     """
     listener = _Listener(modules, set(modules))
     first = {key: value[:1] for key, value in batch.items()}
@@ -91,7 +91,7 @@ def _chained_inputs(
     after: Callable[[Sequence[str]], bool] | None,
     progress: Any,
 ) -> None:
-    """Walk the blocks. Layers outside of them are recorded with the first block, or after the last one."""
+    """Run the blocks in order. Layers outside them are recorded with the first block, or after the last."""
     groups = stream.by_block(chain, list(modules))
     device = next(chain.model.parameters()).device
     waiting = set(groups.get(None, ()))
@@ -128,7 +128,10 @@ def _chained_inputs(
 
 
 class _Listener:
-    """Records layers' inputs and sums up their moments; also records a block's input."""
+    """Sums up the moments of layers' inputs, and compares a block's input with its output.
+
+    Layers with the same input share the moments of the first of them, their leader.
+    """
 
     def __init__(
         self, modules: Mapping[str, nn.Module], names: set[str], block: nn.Module | None = None
@@ -137,7 +140,7 @@ class _Listener:
         self.moments: dict[str, Moments] = {}
         self.leaders: dict[str, str] = {}
         self.block = block
-        self.given: Tensor | None = None
+        self.block_input: Tensor | None = None
         self.mask: Tensor | None = None
         self.distance = self.count = 0.0
         self.reading = False
@@ -147,9 +150,11 @@ class _Listener:
         self.mask = mask_of(batch)
         seen: list[
             tuple[Tensor, str]
-        ] = []  # inputs of this forward; a reference keeps each alive, so that no two share an id
+        ] = []  # inputs of this forward; they are kept alive, so that no two can be the same object
         handles = [
-            layer.module.register_forward_pre_hook(lambda m, args, name=name: self._hear(name, args[0], seen))
+            layer.module.register_forward_pre_hook(
+                lambda m, args, name=name: self._record(name, args[0], seen)
+            )
             for name, layer in self.layers.items()
         ]
         if self.block is not None:
@@ -157,10 +162,10 @@ class _Listener:
         with stream.hooks(handles):
             yield
 
-    def _hear(self, name: str, x: Tensor, seen: list[tuple[Tensor, str]]) -> None:
-        if self.reading:  # a convolution computes its patches by its own forward, which calls this hook again
+    def _record(self, name: str, x: Tensor, seen: list[tuple[Tensor, str]]) -> None:
+        if self.reading:  # Layer.rows runs a convolution's forward, which calls this hook again
             return
-        leader = next((other for tensor, other in seen if tensor is x and self._alike(other, name)), name)
+        leader = next((other for tensor, other in seen if tensor is x and self._can_share(other, name)), name)
         self.leaders[name] = leader
         if leader != name:
             return
@@ -173,26 +178,26 @@ class _Listener:
         running = self.moments.setdefault(name, Moments(layer.in_features, diagonal=diagonal))
         running.add(rows_of(layer, rows, self.mask))
 
-    def _alike(self, one: str, other: str) -> bool:
-        """Whether two layers with the same input have the same rows: convolutions differ in their patches."""
+    def _can_share(self, one: str, other: str) -> bool:
+        """Whether two layers with the same input have the same rows; convolutions may cut other patches."""
         return not any(isinstance(self.layers[name], ConvLayer) for name in (one, other))
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.given = stream.hidden_argument(args, kwargs)
+        self.block_input = stream.hidden_argument(args, kwargs)
 
     def compare(self, output: Any) -> None:
-        """Add the distance between the block's input and its output."""
-        x, self.given = self.given, None
+        """Add the cosine distance between the block's input and its output, for the block's influence."""
+        x, self.block_input = self.block_input, None
         if x is None or output is None:
             return
         y = stream.hidden_of(stream.onload(output, torch.device("cpu")))
-        if x.shape != y.shape:  # as in a stage of a convolutional network
+        if x.shape != y.shape:  # a stage of a convolutional network; its influence is not defined
             return
-        apart = 1 - torch.cosine_similarity(x.to(y.device, torch.float64), y.to(torch.float64), dim=-1)
-        if self.mask is not None and self.mask.shape == apart.shape:
-            apart = apart[self.mask.to(apart.device)]
-        self.distance += float(apart.sum())
-        self.count += apart.numel()
+        distances = 1 - torch.cosine_similarity(x.to(y.device, torch.float64), y.to(torch.float64), dim=-1)
+        if self.mask is not None and self.mask.shape == distances.shape:
+            distances = distances[self.mask.to(distances.device)]
+        self.distance += float(distances.sum())
+        self.count += distances.numel()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the statistics by name and quantity."""
@@ -218,21 +223,21 @@ def gradients(
     fisher: bool = False,
     weighted: bool = False,
 ) -> None:
-    """Put the second moment of the gradient at every layer's output into the store.
+    """Store the second moment of the gradient at every layer's output.
 
     One forward pass keeps the hidden states between blocks. Then each block, from the last to the first, runs
-    again with a graph and is differentiated. Nothing is computed for parameters.
+    again with a graph and is differentiated. No gradients of parameters are computed.
 
     Args:
         model: in eval mode.
         chain: its blocks, or None for one pass over the whole model.
         modules: the layers, by name.
         batches: the data.
-        store: where finished blocks are.
-        loss: gives the loss, summed over its tokens, from the model, a batch and the model's output; by
-            default :func:`summed_loss`.
+        store: receives the statistics; layers that it has already are not stored again.
+        loss: a function of the model, a batch and the model's output that returns the loss, summed over
+            tokens; by default :func:`summed_loss`.
         fisher: gather row and column means of the squared gradients of the weights as well.
-        weighted: gather the inputs' second moments as well, tokens counted by their squared gradient.
+        weighted: gather the inputs' second moments as well, with tokens weighted by their squared gradient.
 
     Raises:
         ConfigError: a loss that cannot be differentiated.
@@ -309,7 +314,7 @@ def _chained_gradients(
 
 
 class _Collector:
-    """Records layers' outputs, and passes the gradients at them to accumulators."""
+    """Records layers' outputs, and passes the gradients with respect to them to accumulators."""
 
     def __init__(self, layers: Mapping[str, Layer], accumulators: Mapping[str, list[Accumulator]]) -> None:
         self.layers, self.accumulators = layers, accumulators
@@ -330,17 +335,23 @@ class _Collector:
         self.outputs = []
 
     def backward(self, value: Tensor, slope: Tensor | None, leaf: Tensor | None) -> Tensor:
-        """Differentiate ``value``; accumulate the gradients at outputs, return the one at ``leaf``."""
+        """Differentiate ``value``: accumulate the gradients at outputs, and return the one at ``leaf``.
+
+        Args:
+            value: the loss, or a block's output.
+            slope: the gradient of the loss at ``value``; None if ``value`` is the loss.
+            leaf: the block's input; None if its gradient is not needed.
+        """
         if not value.requires_grad:
             raise ConfigError("The loss has no gradient: it must be computed from the model's output.")
-        ends = [] if leaf is None else [leaf]
-        tensors = [*ends, *(out for _, out, _ in self.outputs)]
+        leaves = [] if leaf is None else [leaf]
+        tensors = [*leaves, *(out for _, out, _ in self.outputs)]
         if not tensors:
             return value.new_zeros(())
         slopes = None if slope is None else slope.to(value.device)
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(value, tensors, slopes, allow_unused=True)
         with torch.no_grad():
-            for (name, _, x), gradient in zip(self.outputs, gradients[len(ends) :], strict=True):
+            for (name, _, x), gradient in zip(self.outputs, gradients[len(leaves) :], strict=True):
                 if gradient is not None:  # None where the loss does not depend on this output
                     arrival = Arrival(self.layers[name], x, gradient, self.mask)
                     for accumulator in self.accumulators[name]:
@@ -349,9 +360,9 @@ class _Collector:
         return value.new_zeros(()) if first is None else first.detach()
 
     def finish(self, store: Store, group: str) -> None:
-        """Store the layers that are missing.
+        """Store the statistics of the layers that the store lacks.
 
-        All layers are gathered again, since a smaller graph would give other last bits.
+        The others were gathered again too: without them, rounding would differ in the last bits.
         """
         tensors, missing = {}, [name for name in self.layers if name not in store]
         for name in missing:
@@ -391,5 +402,5 @@ def _progress(tokens: int, what: str) -> Any:
 
 
 def _advance(progress: Any, tokens: float) -> None:
-    """Advance a progress bar. Tokens by block are fractions; rounding must not carry it past its end."""
+    """Advance a progress bar. Tokens by block are fractions, whose rounded sum could exceed the total."""
     progress.update(min(tokens, max(progress.total - progress.n, 0)))

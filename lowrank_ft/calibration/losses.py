@@ -15,8 +15,8 @@ def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
     """Return the default loss of a batch, summed over its tokens.
 
     Cross-entropy with the batch's ``labels``, or with the next token of a causal language model. For an
-    encoder without labels, ``⟨output, ε⟩`` with ε standard normal: its gradients' second moment makes the
-    metric that of the output's squared error.
+    encoder without labels, ``⟨output, ε⟩`` with ε standard normal: with the second moment of its gradients as
+    G, weighted errors estimate the squared error of the model's output.
     """
     logits = main_output(output)
     labels = batch.get("labels")
@@ -36,11 +36,11 @@ def summed_loss(model: nn.Module, batch: Batch, output: Any) -> Tensor:
 
 def _projected(output: Any, batch: Batch) -> Tensor:
     """``⟨output, ε⟩`` over all outputs of an encoder (hidden states, a pooled output)."""
-    held = output.values() if isinstance(output, Mapping) else [main_output(output)]
+    outputs = output.values() if isinstance(output, Mapping) else [main_output(output)]
     # The seed depends on the batch, so each batch has a different ε.
     generator = torch.Generator().manual_seed(int(fingerprint([batch])[:12], 16))
     total, mask = main_output(output).new_zeros(()), mask_of(batch)
-    for tensor in held:
+    for tensor in outputs:
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             continue
         noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
@@ -75,7 +75,7 @@ def divergence(before: Any, after: Any, mask: Tensor | None) -> float:
 
 
 def main_output(output: Any) -> Tensor:
-    """Return a model's logits, or where it has none its first tensor."""
+    """Return a model's logits, or its first output tensor if it has no logits."""
     if isinstance(output, Tensor):
         return output
     return cast(Tensor, output.logits if hasattr(output, "logits") else output[0])

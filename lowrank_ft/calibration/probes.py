@@ -1,6 +1,6 @@
-"""How far a model's output moves when one layer, or one group of layers, is disturbed or replaced.
+"""Measure how far a model's output moves when one layer, or one group of layers, is disturbed or replaced.
 
-By forward passes alone; blocks before the one in question do not run again.
+Only forward passes are needed, and the blocks before the changed one do not run again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def sensitivities(
     batches: Sequence[Batch],
     store: Store,
 ) -> None:
-    """Put into the store how far the model's output moves for each unit of squared error at every layer's.
+    """Store each layer's sensitivity: the divergence of the model's output per squared error at the layer's.
 
     White noise is added to one layer's output at a time, and the divergence of the model's output
     (:func:`~lowrank_ft.calibration.losses.divergence`, in nats per token) is divided by the noise's energy.
@@ -42,8 +42,8 @@ def sensitivities(
         model: in eval mode.
         chain: its blocks, or None.
         modules: the layers, by name.
-        batches: the data; every layer runs them once.
-        store: where finished blocks are.
+        batches: the data; the model runs all of them once for each layer.
+        store: receives the sensitivities; layers that it has already are not probed again.
     """
     missing = {name: module for name, module in modules.items() if name not in store}
     tokens = count_tokens(batches)
@@ -69,9 +69,9 @@ def divergences(
     Args:
         model: in eval mode.
         chain: its blocks, or None.
-        changes: by the name of the first module that changes, a function that returns a context manager;
-            inside of it the change is in the model.
-        batches: the data; every change runs them once.
+        changes: by the name of the first module that changes, a function that returns a context manager,
+            which makes the change on entry and undoes it on exit.
+        batches: the data; the model runs all of them once for each change.
     """
     tokens, moved = count_tokens(batches), dict[str, float]()
     with tqdm(total=len(changes), desc="Measuring", unit="site", leave=False) as progress:
@@ -87,9 +87,9 @@ def divergences(
 def _by_block(
     model: nn.Module, chain: Chain | None, names: Sequence[str], batches: Sequence[Batch]
 ) -> Iterator[tuple[int, list[str], Outputs]]:
-    """Yield each block that has names in it: its index, the names, and what runs the model from there.
+    """Yield each block that contains some of the names: its index, these names, and its ``Outputs``.
 
-    Names outside all blocks come with the first one.
+    ``Outputs`` runs the model from this block on. Names outside all blocks are yielded with the first block.
     """
     if not names:
         return
@@ -103,12 +103,12 @@ def _by_block(
             yield stream.forward(model, batch) if chain is None else chain.resume(k, batch, before)
 
     for k in range(1 if chain is None else len(chain)):
-        mine = list(groups.get(None if chain is None else k, ()))
+        in_block = list(groups.get(None if chain is None else k, ()))
         if chain is not None and k == 0:
-            mine += groups.get(None, ())
+            in_block += groups.get(None, ())
         with torch.no_grad():
-            if mine:
-                yield k, mine, partial(outputs, k)
+            if in_block:
+                yield k, in_block, partial(outputs, k)
             if chain is not None:
                 states = [
                     stream.offload(chain.run(k, batch, stream.onload(states[i], device)), chain.shelf)
@@ -134,7 +134,7 @@ def _per_energy(module: nn.Module, outputs: Outputs, dense: Sequence[Any], batch
 
 
 def _moved(dense: Sequence[Any], outputs: Outputs, batches: Sequence[Batch]) -> float:
-    """The divergence of the model's output as it is now from what it was, summed over all positions."""
+    """The divergence between the model's output before the change and now, summed over all positions."""
     return sum(
         divergence(before, after, mask_of(batch))
         for before, after, batch in zip(dense, outputs(), batches, strict=True)

@@ -10,8 +10,8 @@ from lowrank_ft.anatomy import layouts
 from lowrank_ft.calibration.store import triangle_size
 from lowrank_ft.modules.layer import Layer, layer_of
 
-_DOUBLE = 8  # bytes of an entry of a vector
-_HEADER = 256  # of a file's header, for each tensor
+_DOUBLE = 8  # bytes of a vector's entry
+_HEADER = 256  # bytes that a tensor may take in the header of its file
 
 
 def of_inputs(modules: Mapping[str, nn.Module]) -> int:
@@ -26,12 +26,12 @@ def of_inputs(modules: Mapping[str, nn.Module]) -> int:
 
 
 def of_gradients(model: nn.Module, modules: Mapping[str, nn.Module], weighted: bool) -> int:
-    """Return the bytes of layers' gradient moments, the means of squared gradients among them.
+    """Return the bytes of layers' gradient moments, including the means of squared gradients.
 
     Args:
         model: the model that has the layers.
         modules: the layers, by name.
-        weighted: whether inputs are weighted as well.
+        weighted: whether the weighted second moment of the inputs is gathered as well.
     """
     total = 0
     for name, module in modules.items():

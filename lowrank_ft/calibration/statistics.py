@@ -1,7 +1,7 @@
-"""Second moments of what flows in and out of layers, summed in float64.
+"""Second moments of layers' inputs and output gradients, summed in float64.
 
-Products of one batch at a time, in float32, are added into a float64 total, of which only one triangle is
-computed. Padding positions are left out of all sums.
+Products of one batch at a time, in float32, are added to a float64 total. Only one triangle of
+it is computed. Padding positions are left out of all sums.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ class SiteStatistics:
     Attributes:
         tokens: how many positions ``C`` is the mean of.
         C: second moment of the input, ``E[x xᵀ]``, ``(in, in)`` float64; for an embedding, the frequency
-            of each token, ``(in,)``, the diagonal of the same matrix.
+            of each token, ``(in,)``, which is the diagonal of the same matrix for one-hot inputs.
         mean: ``E[x]``, ``(in,)`` float64.
         G: second moment of the output's gradient, ``(1/N) Σ g gᵀ`` with g the gradient of the loss summed
-            over its tokens; ``(out, out)`` float64. None where it was not asked for, or where ``WtGW`` is.
-        WtGW: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs: all that a decomposition
-            needs of G there, and never larger than the model is wide.
-        G_diagonal: diagonal of G, ``(out,)``, where only ``WtGW`` is kept of it.
-        C_weighted: ``Σ ‖g‖² x xᵀ / Σ ‖g‖²`` over tokens, ``(in, in)``: beside G the better factor of the
-            Fisher matrix, since tokens that the loss does not depend on (attention sinks, whose activations
-            are huge) count for nothing.
-        G_q: block of G that belongs to the queries, for a layer that gives queries, keys and values at once.
+            over its tokens; ``(out, out)`` float64. None if it was not asked for, or ``WtGW`` replaces it.
+        WtGW: ``Wᵀ G W``, ``(in, in)``, for layers with more outputs than inputs. A decomposition needs no
+            more of G, and it takes less memory.
+        G_diagonal: diagonal of G, ``(out,)``, if ``WtGW`` replaces G.
+        C_weighted: ``Σ ‖g‖² x xᵀ / Σ ‖g‖²`` over tokens, ``(in, in)``. Together with G it approximates the
+            Fisher matrix better than C does: tokens that the loss does not depend on (attention sinks, whose
+            activations are huge) get no weight.
+        G_q: block of G that belongs to the queries, for a layer that computes queries, keys and values at
+            once.
         G_k: block of G that belongs to the keys.
-        fisher_rows: mean over each row of ``F = Σ (∂ℓ/∂W)²``, one gradient a sequence, ``(out,)`` float64.
+        fisher_rows: mean over each row of ``F = Σ (∂ℓ/∂W)²``, one gradient for each sequence, ``(out,)``
+            float64.
         fisher_columns: mean over each column of the same, ``(in,)``.
         sensitivity: divergence of the model's output, in nats per token, per unit of ``E‖Δy‖²``, measured
             without gradients.
-        influence: of the block that the layer lies in, ``1 − E cos(x, y)`` between what the block is given
-            and what it gives (Men et al. 2024, arXiv 2403.03853, equation 1); None outside a chain of blocks.
+        influence: of the block that contains the layer, ``1 − E cos(x, y)`` with x the block's input and y
+            its output (Men et al. 2024, arXiv 2403.03853, equation 1); None outside a chain of blocks.
     """
 
     tokens: int
@@ -84,7 +86,7 @@ class Moments:
         add_gram(self.total, rows)
 
     def second(self, name: str) -> Tensor:
-        """Return ``E[x xᵀ]`` in float32, in float64 for float64 rows; for token ids its diagonal, in float64.
+        """Return ``E[x xᵀ]`` in float32 (float64 for float64 rows); for token ids, its diagonal in float64.
 
         Raises:
             NonFiniteError: an activation was NaN or infinite.
@@ -102,7 +104,7 @@ class Moments:
         return moment.to(self.dtype)
 
     def mean(self) -> Tensor:
-        """Return ``E[x]``; for token ids, of their one-hot vectors."""
+        """Return ``E[x]``; for token ids, the mean of their one-hot vectors."""
         if self.diagonal:
             assert self.total is not None
             return self.total / self.tokens
@@ -114,10 +116,10 @@ _SMALLEST = 128  # splitting blocks of fewer columns saves no time
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add the lower triangle of ``Xᵀ X`` to ``total``, in the dtype of the rows by block.
+    """Add the lower triangle of ``Xᵀ X`` to ``total``; each block is multiplied in the dtype of the rows.
 
-    Halving the columns again and again leaves the blocks above the diagonal out: 9/16 of the full product
-    after three halvings.
+    The columns are halved recursively, and the block above the diagonal is left out each time: after three
+    halvings 9/16 of the full product is computed.
 
     Args:
         total: ``(n, n)``, float64, changed in place.
@@ -149,9 +151,9 @@ def rows_of(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
     """Return a layer's input (or the gradient of its output) as rows, padding left out.
 
     Args:
-        layer: whose tensor it is.
-        x: ``(batch, tokens, features)``, or anything whose last dimension is features (``Layer.rows``);
-            token ids for the input of an embedding.
+        layer: the layer.
+        x: ``(batch, tokens, features)``, or any tensor whose last dimension is the features (as from
+            ``Layer.rows``); token ids for the input of an embedding.
         mask: ``(batch, tokens)``, true where a position is real.
     """
     is_ids = not x.is_floating_point()

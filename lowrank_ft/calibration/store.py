@@ -1,8 +1,7 @@
-"""The store of statistics: one safetensors file for each block, so that one block is read at a time.
+"""Statistics on disk: one safetensors file for each block, so that one block can be read at a time.
 
-A second moment is symmetric, so its upper triangle is all that is written, in float32: a quarter of the bytes
-of the float64 matrix that it was summed in. (Of a model in float64 the triangle is in float64 as well.) It is
-read back as a whole float64 matrix.
+A second moment is symmetric, so only its upper triangle is written, in float32 (in float64 for a model in
+float64). That is a quarter of the bytes of the float64 total. It is read back as a full float64 matrix.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def open_whole(path: Path) -> Any:
-    """Open what :func:`write_whole` wrote, as a context manager.
+    """Open a file that :func:`write_whole` wrote, as a context manager.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -146,7 +145,7 @@ class Store:
         Args:
             group: the block.
             tensors: ``"layer|quantity"`` to tensor; a square matrix is symmetric.
-            leaders: for each layer, the one whose tensors it shares.
+            leaders: for each layer, the layer whose tensors it shares (itself, if it has its own).
 
         Raises:
             StorageError: the disk is full.
@@ -178,7 +177,7 @@ class Store:
         return self._group_of.get(name, "")
 
     def read_from(self, group: str, leader: str, only: str = "") -> dict[str, Tensor]:
-        """Return what a group's file holds under a name."""
+        """Return the tensors in a group's file that are stored under a layer's name, by quantity."""
         tensors, prefix = {}, f"{leader}|"
         with open_whole(self.directory / f"{group}.safetensors") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
@@ -219,11 +218,11 @@ class StoredStatistics(Mapping[str, SiteStatistics]):
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        """The three of them."""
+        """All three stores."""
         return self.inputs, self.gradients, self.probes
 
     def tokens(self, name: str) -> int:
-        """Return how many positions a layer's moments are the mean of, without reading the moments."""
+        """Return how many positions a layer's moments are means over, without reading the moments."""
         return int(self.inputs.read(name, only="tokens")["tokens"])
 
     def __contains__(self, name: object) -> bool:

@@ -1,8 +1,8 @@
-"""One pass over the data, block by block: only the hidden states between two blocks are kept.
+"""Run a model over the data block by block, keeping only the hidden states between two blocks.
 
-The model's own forward runs, and computes masks, positions and all other arguments of a block. Each earlier
-block is replaced by a module that returns its recorded output, and an exception ends the forward after the
-block in question. The cost beyond a plain forward is the embedding, once for each block.
+To run one block, the model's own forward runs and computes the block's masks, positions and other arguments.
+Each earlier block is replaced by a module that returns its recorded output, and an exception ends the forward
+after the block. Compared with a plain forward, the embedding runs once more for each block.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class _Ran(nn.Module):
 
 
 class Chain:
-    """A model in which each block takes the output of the block before.
+    """A model in which each block takes the output of the previous block as its input.
 
     Attributes:
         model: the model.
-        name: of the ModuleList that holds the blocks.
+        name: the name of the ModuleList with the blocks.
         blocks: the ModuleList.
         shelf: directory for the hidden states between blocks; None keeps them in memory.
     """
@@ -62,17 +62,17 @@ class Chain:
         return len(self.blocks)
 
     def block_of(self, module: str) -> int | None:
-        """Return the index of the block that a module lies in, or None."""
+        """Return the index of the block that contains a module, or None."""
         if not module.startswith(f"{self.name}."):
             return None
         return int(module.removeprefix(f"{self.name}.").partition(".")[0])
 
     def run(self, index: int, batch: Batch, before: Any) -> Any:
-        """Run one block on what the block before it returned, and return its output.
+        """Run one block on the output of the previous block, and return its output.
 
         Args:
-            index: which block; ``len(self)`` runs what comes after the last one, and returns the model's
-                output.
+            index: the block's index; ``len(self)`` runs the modules after the last block, and returns the
+                model's output.
             batch: the model's inputs.
             before: output of block ``index − 1``; None for block 0.
         """
@@ -112,15 +112,15 @@ class Chain:
 
 
 def find_chain(model: nn.Module, batch: Batch, shelf: Path | None = None) -> Chain | None:
-    """Return the model's chain of blocks, or None where it has none.
+    """Return the model's chain of blocks, or None if it has none.
 
-    The candidate is the outermost ``ModuleList`` with the most parameters; one forward shows whether each of
-    its blocks takes the output of the one before.
+    The candidate is the outermost ``ModuleList`` with the most parameters. One forward checks that each block
+    takes the output of the previous one.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in lists)
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
+        is_nested = any(name.startswith(f"{other}.") for other in lists)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not is_nested:
             lists[name] = module
     if not lists:
         return None
@@ -153,12 +153,12 @@ def hidden_argument(args: Any, kwargs: Any) -> Any:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states in what a block returned."""
+    """Return the hidden states in a block's output."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch, on its own device, without its loss and without a cache."""
+    """Run a model on a batch, on the model's device, without computing its loss and without a KV cache."""
     parameter = next(model.parameters())
     inputs = {
         key: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
@@ -192,9 +192,9 @@ class _Shelved:
 
 
 def offload(output: Any, shelf: Path | None) -> Any:
-    """Detach a block's output and move it to the CPU, or to a file on the shelf."""
-    here = pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, output)
-    return here if shelf is None else _Shelved(here, shelf)
+    """Detach a block's output and move it to the CPU, or to a file in the directory ``shelf``."""
+    on_cpu = pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, output)
+    return on_cpu if shelf is None else _Shelved(on_cpu, shelf)
 
 
 def onload(output: Any, device: torch.device, *, leaf: bool = False) -> Any:
@@ -203,14 +203,14 @@ def onload(output: Any, device: torch.device, *, leaf: bool = False) -> Any:
         output = output.read()
     moved = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, output)
     if leaf:
-        fresh = hidden_of(moved).detach().requires_grad_(True)
-        return fresh if isinstance(moved, Tensor) else (fresh, *moved[1:])
+        hidden = hidden_of(moved).detach().requires_grad_(True)
+        return hidden if isinstance(moved, Tensor) else (hidden, *moved[1:])
     return moved
 
 
 @contextmanager
 def hooks(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove these hooks after the block."""
+    """Run the block, then remove these hooks."""
     try:
         yield
     finally:
@@ -219,7 +219,7 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 
 def by_block(chain: Chain | None, names: Sequence[str]) -> Mapping[int | None, list[str]]:
-    """Sort module names by the block they lie in; None for those outside all blocks."""
+    """Group module names by the index of the block that contains them; None for those outside all blocks."""
     groups: dict[int | None, list[str]] = {}
     for name in names:
         groups.setdefault(None if chain is None else chain.block_of(name), []).append(name)

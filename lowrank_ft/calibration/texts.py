@@ -18,7 +18,7 @@ def read(source: str, name: str | None, split: str) -> Any:
     """Return one dataset: a local file, a directory that `datasets` wrote, or a split of a hub dataset.
 
     Raises:
-        ConfigError: a local path that is not there or of no known format.
+        ConfigError: a local path that does not exist, or a file of no known format.
     """
     import datasets
 
@@ -26,7 +26,7 @@ def read(source: str, name: str | None, split: str) -> Any:
     if path.is_file():
         reader = _READERS.get(path.suffix)
         if reader is None:
-            raise ConfigError(f"{source} is of no known format ({', '.join(_READERS)}).")
+            raise ConfigError(f"{source} is of no known format (known are {', '.join(_READERS)}).")
         return datasets.load_dataset(reader, data_files=str(path), split="train")
     if path.is_dir() and (path / "state.json").exists():
         return datasets.load_from_disk(source)

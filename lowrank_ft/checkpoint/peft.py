@@ -20,7 +20,7 @@ from lowrank_ft.anatomy import layouts, sites
 from lowrank_ft.checkpoint import card, files
 from lowrank_ft.errors import CheckpointError, StateError
 from lowrank_ft.modules.adapted import Adapted
-from lowrank_ft.modules.copied import Copied, CopyNode
+from lowrank_ft.modules.copied import CopyNode, TrainedCopy
 from lowrank_ft.modules.layer import ConvLayer, Layer, layer_of
 from lowrank_ft.structure.node import Node
 
@@ -113,7 +113,7 @@ def export(model: nn.Module, directory: Path, tokenizer: Any, rank: int | None =
     for path, host in engine.hosts(model).items():
         if name not in host.parts:
             continue
-        if isinstance(host, Copied):
+        if isinstance(host, TrainedCopy):
             saved.append(path)
             tensors.update({f"{PREFIX}{path}.{k}": v for k, v in host.parts[name].state_dict().items()})
         elif isinstance(host, Adapted):

@@ -34,7 +34,7 @@ from lowrank_ft.engine.surgery import (
 )
 from lowrank_ft.errors import ConfigError, StateError
 from lowrank_ft.modules.adapted import Adapted
-from lowrank_ft.modules.copied import Copied
+from lowrank_ft.modules.copied import TrainedCopy
 from lowrank_ft.modules.delta import Delta
 from lowrank_ft.modules.layer import layer_of
 from lowrank_ft.modules.quantized import Quantized
@@ -167,7 +167,7 @@ def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
         (host, other)
         for host in hosts(model).values()
         for other in host.parts
-        if name in (None, other) and not isinstance(host, Copied)
+        if name in (None, other) and not isinstance(host, TrainedCopy)
     ]
     for host, other in to_cast:
         if not hasattr(host.nodes[other], "dtype"):

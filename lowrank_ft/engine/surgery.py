@@ -27,7 +27,7 @@ from lowrank_ft.engine.state import (
 )
 from lowrank_ft.errors import CheckpointError, StateError, TargetError, did_you_mean
 from lowrank_ft.modules.adapted import Adapted
-from lowrank_ft.modules.copied import Copied, CopyNode
+from lowrank_ft.modules.copied import CopyNode, TrainedCopy
 from lowrank_ft.modules.quantized import Quantized
 from lowrank_ft.modules.resized import Resized
 from lowrank_ft.structure.manifest import describe, replacements, to_json
@@ -129,7 +129,7 @@ def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False)
                 f"them in modules_to_save."
             )
         host = taken.get(path)
-        if host is not None and isinstance(host, Copied) is not isinstance(node, CopyNode):
+        if host is not None and isinstance(host, TrainedCopy) is not isinstance(node, CopyNode):
             raise TargetError(f"{path} is adapted by one adapter and trained in full by another.")
         if any(p.is_meta for p in modules[path].parameters()):
             raise StateError(f"The weight of {path} is on the meta device: load the model's weights first.")
@@ -162,7 +162,7 @@ def commit(
     for path, part in parts.items():
         host = existing.get(path)
         if host is None:
-            host = Copied(modules[path]) if isinstance(nodes[path], CopyNode) else Adapted(modules[path])
+            host = TrainedCopy(modules[path]) if isinstance(nodes[path], CopyNode) else Adapted(modules[path])
             put_in_place(owners, modules[path], host)
         host.attach(name, nodes[path], part)
     for host in hosts(model).values():

@@ -42,15 +42,15 @@ class CopiedNode(Node):
     copies: Mapping[str, CopyNode]
     base: Node = field(default_factory=DenseNode)
 
-    def build(self, module: nn.Module, name: str = "") -> Copied:
+    def build(self, module: nn.Module, name: str = "") -> TrainedCopy:
         """Build the base, and its copies."""
-        host = Copied(self.base.build(module, name))
+        host = TrainedCopy(self.base.build(module, name))
         for adapter, node in self.copies.items():
             host.attach(adapter, node, node.build(host.base, name))
         return host
 
 
-class Copied(Host):
+class TrainedCopy(Host):
     """Runs the active adapter's copy, or the base where none is active."""
 
     nodes: dict[str, CopyNode]  # type: ignore[assignment]

@@ -114,7 +114,7 @@ class Delta(nn.Module):
 
     @property
     def fingerprint(self) -> bytes:
-        """Bytes that identify what the update depends on and checkpoints do not store; None by default.
+        """Bytes that identify what the update depends on and checkpoints do not store; empty by default.
 
         A checkpoint records their digest and refuses to load when the digest has changed.
         """

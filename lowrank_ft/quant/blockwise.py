@@ -7,6 +7,8 @@ block is m again (bfloat16 moves s by at most 2⁻⁹, and 127 · 2⁻⁹ < ½),
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,36 @@ BLOCK = 64
 
 def rounded(values: Tensor, bits: int) -> Tensor:
     """Return values as they are after storage in 32, 16 (bfloat16), 8 or 4 bits, in their own dtype."""
-    if bits == 32:
-        return values
-    if bits == 16:
-        return values.bfloat16().to(values.dtype)
-    return decode(*encode(values, bits), bits, values)
+    return unpack("", pack("", values, bits), bits, values)
+
+
+def pack(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
+    """Return the tensors that store a vector in ``bits`` bits, by name.
+
+    Args:
+        name: the vector's name in the checkpoint.
+        values: ``(n,)``.
+        bits: 32 (the values as they are) or 16 (bfloat16), stored as one tensor ``name``; 8 or 4, stored as
+            ``name.codes`` and ``name.scales``.
+    """
+    if bits in (4, 8):
+        codes, scales = encode(values, bits)
+        return {f"{name}.codes": codes, f"{name}.scales": scales}
+    return {name: values.bfloat16() if bits == 16 else values}
+
+
+def unpack(name: str, packed: Mapping[str, Tensor], bits: int, like: Tensor) -> Tensor:
+    """Return the vector that :func:`pack` stored, with as many values as ``like`` has and in its dtype.
+
+    Args:
+        name: the vector's name in the checkpoint.
+        packed: the stored tensors, of this vector and possibly of others.
+        bits: as for :func:`pack`.
+        like: a tensor ``(n,)``.
+    """
+    if bits in (4, 8):
+        return decode(packed[f"{name}.codes"], packed[f"{name}.scales"], bits, like)
+    return packed[name].to(like.dtype)
 
 
 def encode(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

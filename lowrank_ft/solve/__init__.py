@@ -1,4 +1,4 @@
-"""The mathematics that methods share: dense linear algebra in float64, and budgets spent over layers."""
+"""Mathematics that several methods share: linear algebra in float64, and dividing a budget among layers."""
 
 from lowrank_ft.solve.columns import (
     elimination_order,

@@ -1,4 +1,4 @@
-"""Spend one budget over many layers: every layer has options, each with a size and a predicted loss."""
+"""Divide one budget among many layers: each layer has options, each option a size and a predicted loss."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Option:
     """One way to store a layer, or a group of coupled ones.
 
     Attributes:
-        rank: of its factors, or what remains of the group's inner width; None leaves it as it is.
-        size: its share of the budget (parameters, or bytes).
+        rank: rank of the factors, or the inner width that the group keeps; None for neither.
+        size: how much of the budget the option uses (parameters, or bytes).
         loss: the predicted rise of the model's loss, in nats per token where the method predicts it, else an
             error that compares the options of one layer; 0 for a dense layer.
-        ranks: for a group whose layers are factored one by one, their ranks by name; beside a rank, how it
-            divides over the widths of a group that has several.
-        scheme: how its weights are stored, where they are quantised: any hashable value.
+        ranks: for a group whose layers are factored separately, the rank of each, by name; if ``rank`` is set
+            too, how it is divided among the widths of a group that has several.
+        scheme: how the weights are quantised, if they are: any hashable value.
         measured: the divergence of the model's output with this option alone, in nats per token; None where
             it was not measured.
-        handle: tensors by name, shared by all options of a site, from which its values are made without
-            decomposing anything again.
+        handle: tensors by name, shared by all options of a site. The new weights are computed from them
+            without a second decomposition.
     """
 
     rank: int | None
@@ -44,13 +44,13 @@ class Option:
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """Choose one option for each layer so that the sizes fit the budget and the losses add up to little.
+    """Choose one option for each layer so that the sizes fit the budget and the sum of losses is small.
 
-    The layers' lower convex hulls are walked by loss saved per unit of size, steepest first, which is the
-    Lagrangian solution; what is left of the budget then buys the best single improvements that still fit.
+    Steps along the layers' lower convex hulls are taken in descending order of loss saved per unit of size,
+    which is the Lagrangian solution. The rest of the budget is spent greedily on single changes that fit.
 
     Args:
-        options: for each layer, at least one; the smallest of all must fit together.
+        options: each layer's options, at least one; the smallest of every layer must fit together.
         budget: the most that the sizes may add up to.
 
     Raises:
@@ -69,7 +69,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
     for _, name, high in sorted(steps, key=lambda step: -step[0]):
         cost = high.size - chosen[name].size
         if name in full or cost > left:
-            full.add(name)  # its later steps would start from this one
+            full.add(name)  # the later steps on this layer's hull start from this one
             continue
         chosen[name], left = high, left - cost
     return _fill(options, chosen, left)
@@ -79,21 +79,21 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
     """Choose one option for each layer by the integer program ``min Σ loss, Σ size ≤ budget``, with HiGHS.
 
     Args:
-        options: for each layer, at least one.
-        budget: what the sizes may add up to.
+        options: each layer's options, at least one.
+        budget: the most that the sizes may add up to.
 
     Raises:
         ConfigError: the smallest options are above the budget.
     """
     from scipy import optimize, sparse
 
-    relaxed = allocate(options, budget)  # raises where there is no solution
+    relaxed = allocate(options, budget)  # raises if there is no solution
     useful = {name: undominated(choices) for name, choices in options.items()}
     flat = [(name, option) for name, choices in useful.items() for option in choices]
     losses = torch.tensor([option.loss for _, option in flat], dtype=torch.float64)
     sizes = [float(option.size) for _, option in flat]
     row = {name: i for i, name in enumerate(useful)}
-    once = sparse.csr_array(
+    one_per_layer = sparse.csr_array(
         ([1.0] * len(flat), ([row[name] for name, _ in flat], range(len(flat)))), (len(row), len(flat))
     )
     solution = optimize.milp(
@@ -101,7 +101,7 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
         integrality=[1] * len(flat),
         bounds=optimize.Bounds(0, 1),
         constraints=[
-            optimize.LinearConstraint(once, 1, 1),
+            optimize.LinearConstraint(one_per_layer, 1, 1),
             optimize.LinearConstraint(sparse.csr_array([sizes]) / budget, -math.inf, 1),
         ],
         options={"mip_rel_gap": 1e-5, "time_limit": 60},
@@ -109,16 +109,16 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
     if solution.x is None:
         raise ConfigError(f"HiGHS found no solution ({solution.message}): use solver='lagrangian'.")
     chosen = {flat[i][0]: flat[i][1] for i, x in enumerate(solution.x) if x > 0.5}
-    # HiGHS keeps the constraint within a tolerance only.
+    # HiGHS meets the budget only up to a tolerance.
     over = sum(option.size for option in chosen.values()) > budget
     return relaxed if over else chosen
 
 
 def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """Choose one scheme and rank for all layers: of those that fit the budget, the one of the least loss.
+    """Choose one scheme and rank for all layers: the pair of the smallest total loss that fits the budget.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: no pair fits.
     """
     kinds: dict[tuple[Any, int | None], dict[str, Option]] = {}
     for name, choices in options.items():
@@ -135,7 +135,7 @@ def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[s
 
 
 def undominated(choices: Sequence[Option]) -> list[Option]:
-    """Return the options that no other option beats in size and in loss, from the smallest up."""
+    """Return the options that no other option beats in both size and loss, in ascending size."""
     kept: list[Option] = []
     for option in sorted(choices, key=lambda o: (o.size, o.loss)):
         if not kept or option.loss < kept[-1].loss:
@@ -144,21 +144,21 @@ def undominated(choices: Sequence[Option]) -> list[Option]:
 
 
 def combined(layers: Mapping[str, Sequence[Option]]) -> list[Option]:
-    """Return the options of a group whose layers are stored one by one: the hull of all combinations.
+    """Return options for a group whose layers are factored separately: the hull of all combinations.
 
     Args:
         layers: each layer's options, by name.
 
     Returns:
-        Options with ``ranks``; the layers that they do not name stay dense.
+        options with ``ranks``; layers that ``ranks`` does not name stay dense.
     """
     hulls = {name: _hull(choices) for name, choices in layers.items()}
-    now = {name: hull[0] for name, hull in hulls.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
     steps = [(_gain(low, high), name, high) for name, hull in hulls.items() for low, high in _pairs(hull)]
-    options = [_sum(now)]
+    options = [_sum(chosen)]
     for _, name, high in sorted(steps, key=lambda step: -step[0]):
-        now[name] = high
-        options.append(_sum(now))
+        chosen[name] = high
+        options.append(_sum(chosen))
     return options
 
 
@@ -174,13 +174,13 @@ def uniform(
     budget: int,
     keep: Mapping[str, float] | None = None,
 ) -> dict[str, Option]:
-    """Give every layer its share of its dense size, rounded so that the budget is met.
+    """Let every layer keep a share of its dense size, rounded so that the sizes fit the budget.
 
     Args:
-        options: for each layer, its options.
-        dense: the layers' sizes as they are.
-        budget: what the sizes may add up to.
-        keep: each layer's share; by default the same for all.
+        options: each layer's options.
+        dense: each layer's size before compression.
+        budget: the most that the sizes may add up to.
+        keep: the share that each layer keeps; by default the same for all.
 
     Raises:
         ConfigError: the smallest options are above the budget.
@@ -212,14 +212,14 @@ def uniform(
 def same_width(
     options: Mapping[str, Sequence[Option]], kinds: Mapping[str, str], budget: int
 ) -> dict[str, Option]:
-    """Give every module of a kind the same width: the largest share of widths that fits the budget.
+    """Give all modules of a kind the same width: the largest share of their widths that fits the budget.
 
-    What is left of the budget would widen some modules and not others, and is not spent.
+    The rest of the budget is not spent, since it would widen some modules of a kind and not others.
 
     Args:
-        options: for each module, at its own size and at smaller widths.
-        kinds: the modules' kinds, by name.
-        budget: what the sizes may add up to.
+        options: each module's options: its full size and smaller widths.
+        kinds: each module's kind, by module name.
+        budget: the most that the sizes may add up to.
 
     Raises:
         ConfigError: the smallest widths are above the budget.
@@ -255,11 +255,11 @@ def keep_by_entropy(
     is removed from the other blocks.
 
     Args:
-        influence: s by block.
-        sizes: parameters by block.
-        budget: what all blocks together may keep.
-        epsilon: temperature.
-        least: what each block keeps at the least.
+        influence: s of each block, by block index.
+        sizes: number of parameters of each block.
+        budget: how many parameters all blocks together may keep.
+        epsilon: ε, the temperature.
+        least: the smallest number of parameters that each block can keep.
 
     Raises:
         ConfigError: the budget is below the sum of ``least``.
@@ -287,7 +287,7 @@ def keep_by_entropy(
 
 
 def _hull(choices: Sequence[Option]) -> list[Option]:
-    """The lower convex hull of the options, from the smallest up."""
+    """The lower convex hull of the options, in ascending size."""
     hull: list[Option] = []
     for option in sorted(choices, key=lambda o: (o.size, o.loss)):
         if hull and option.loss >= hull[-1].loss:
@@ -308,13 +308,14 @@ def _gain(low: Option, high: Option) -> float:
 
 
 def _fill(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: int) -> dict[str, Option]:
+    """Spend what is left of the budget, each time on the change that saves the most loss per unit of size."""
     while True:
         best: tuple[float, str, Option] | None = None
         for name, choices in options.items():
-            now = chosen[name]
+            current = chosen[name]
             for option in choices:
-                if now.size < option.size <= now.size + left and option.loss < now.loss:
-                    gain = _gain(now, option)
+                if current.size < option.size <= current.size + left and option.loss < current.loss:
+                    gain = _gain(current, option)
                     if best is None or gain > best[0]:
                         best = (gain, name, option)
         if best is None:

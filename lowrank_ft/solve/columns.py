@@ -1,4 +1,4 @@
-"""Columns of a matrix: which to keep, and the error of leaving the others out."""
+"""Columns of a matrix: which to keep, and the error of removing the others."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def leverage_scores(C: Tensor, ridge: float = 1.0) -> Tensor:
 
 
 def pivoted_order(C: Tensor) -> Tensor:
-    """Return columns in the order in which pivoted Cholesky takes them.
+    """Return the columns in the order of pivoted Cholesky.
 
-    Each has the most energy that the ones before it leave (Harbrecht, Peters and Schneider 2012).
+    Each column has the largest residual after those before it (Harbrecht, Peters and Schneider 2012).
 
     Args:
         C: ``(n, n)``, float64, positive semidefinite.
@@ -51,17 +51,17 @@ def pivoted_order(C: Tensor) -> Tensor:
 
 
 def elimination_order(C: Tensor, K: Tensor, step: int = 16) -> Tensor:
-    """Return columns in descending order of what leaving them out costs, by backward elimination.
+    """Order columns by backward elimination: the columns that cost most to remove come first.
 
-    With the columns J that remain refitted by least squares, leaving j out as well raises
+    When the remaining columns J are refitted by least squares, removing column j of them raises
     ``tr(K (C − C[:,J] C[J,J]⁻¹ C[J,:]))`` by ``Q_jj / P_jj``, where ``P = C[J,J]⁻¹`` and ``Q = Tᵀ G T`` for
     the refitted weight ``T`` (the optimal-brain-surgeon formula; Hassibi and Stork 1993). In each step the
     ``step`` cheapest columns are removed, and P and Q are updated.
 
     Args:
         C: second moment of the columns, ``(n, n)``, float64.
-        K: ``Wᵀ G W`` of the weight that reads them, ``(n, n)``.
-        step: how many columns go at a time.
+        K: ``Wᵀ G W`` of the weight W whose inputs the columns are, ``(n, n)``.
+        step: how many columns are removed at a time.
 
     Returns:
         a permutation of the columns, ``(n,)``.
@@ -69,33 +69,33 @@ def elimination_order(C: Tensor, K: Tensor, step: int = 16) -> Tensor:
     root = factor_spd(C)
     P, Q = torch.cholesky_inverse(root.lower), K.clone()
     remaining = torch.arange(len(C), device=C.device)
-    gone: list[Tensor] = []
+    removed: list[Tensor] = []
     while len(remaining) > step:
         cost = Q.diagonal() / P.diagonal()
         order = cost.argsort()
         out, keep = order[:step], order[step:].sort().values
-        gone.append(remaining[out])
+        removed.append(remaining[out])
         small = torch.linalg.cholesky(P[out][:, out])
         M = torch.cholesky_solve(P[out][:, keep], small)
         Q_out = Q[out][:, keep]
-        # T_keep ← T_keep − T_out M, so Q = TᵀGT changes by two products and one square of them.
+        # T_keep ← T_keep − T_out M. Half of the term in M² of Q = TᵀGT goes into each of the two products.
         across = Q_out - 0.5 * Q[out][:, out] @ M
         Q = Q[keep][:, keep].addmm_(M.T, across, alpha=-1).addmm_(across.T, M, alpha=-1)
         P = P[keep][:, keep].addmm_(P[out][:, keep].T, M, alpha=-1)
         remaining = remaining[keep]
-    gone.append(remaining[(Q.diagonal() / P.diagonal()).argsort()])
-    return torch.cat(gone).flip(0)
+    removed.append(remaining[(Q.diagonal() / P.diagonal()).argsort()])
+    return torch.cat(removed).flip(0)
 
 
 def nystrom_errors(C: Tensor, K: Tensor, order: Tensor) -> Tensor:
     """Return ``tr(K (C − C[:,J] C[J,J]⁻¹ C[J,:]))`` for J the first k columns of an order, for every k.
 
-    One Cholesky factorisation ``L Lᵀ`` of the reordered moment serves all k: what the first k columns leave
-    is ``Σ_{j≥k} l_j l_jᵀ``.
+    One Cholesky factorisation ``L Lᵀ`` of the reordered moment serves all k: the residual of C after the
+    first k columns is ``Σ_{j≥k} l_j l_jᵀ``.
 
     Args:
         C: second moment of the columns, ``(n, n)``, float64.
-        K: ``Wᵀ G W`` of the weight that reads them.
+        K: ``Wᵀ G W`` of the weight W whose inputs the columns are, ``(n, n)``.
         order: a permutation, ``(n,)``.
 
     Returns:
@@ -108,12 +108,15 @@ def nystrom_errors(C: Tensor, K: Tensor, order: Tensor) -> Tensor:
 
 
 def nystrom_refit(weight: Tensor, C: Tensor, kept: Tensor) -> tuple[Tensor, Root]:
-    """Return ``W C[:,J] C[J,J]⁻¹``: the weight on the columns J that best does what W did on all of them.
+    """Return ``W C[:,J] C[J,J]⁻¹``, the least-squares refit of W to the input columns J, and a root.
 
     Args:
         weight: ``(out, n)``.
         C: second moment of its input, ``(n, n)``, float64.
         kept: J, ``(k,)``.
+
+    Returns:
+        the refitted weight ``(out, k)``, and the root of ``C[J,J]``.
     """
     root = factor_spd(C[kept][:, kept])
     right = weight.double() @ C[:, kept]

@@ -19,14 +19,14 @@ def output_directions(
     """Return left singular vectors of ``W C`` or ``W C^½``: the leading ones, or the last.
 
     The leading ones come from products with thin blocks. The last ones come from the inverse of a triangular
-    factor: in the Gram matrix of ``W C`` they would drown in the rounding error of the leading ones.
+    factor: in the Gram matrix of ``W C`` they would be lost in the rounding error of the leading ones.
 
     Args:
         weight: ``(out, in)``, any float dtype.
         C: second moment of the input, ``(in, in)``, or its diagonal ``(in,)``; float64.
-        rank: how many, from 1 to ``min(out, in)``.
-        squared: of ``W C``, for which C may be singular; otherwise of ``W C^½``.
-        last: the last of the ``min(out, in)`` vectors; otherwise the first.
+        rank: how many vectors, from 1 to ``min(out, in)``.
+        squared: use ``W C``, where C may be singular, instead of ``W C^½``.
+        last: return the last of the ``min(out, in)`` vectors instead of the first.
 
     Returns:
         ``U (out, rank)`` with orthonormal columns, sign-fixed, and their singular values ``(rank,)``, in
@@ -36,8 +36,9 @@ def output_directions(
         NonFiniteError: a weight or a moment with NaN or infinite entries.
     """
     W = weight.double()
-    scale = C if C.dim() == 1 else C.diagonal()  # a semidefinite matrix is finite where its diagonal is
-    if not (torch.isfinite(W.sum()) and torch.isfinite(scale).all()):  # a sum is finite if all its terms are
+    # A semidefinite matrix with a finite diagonal is finite, and a sum with a NaN or infinite term is not.
+    scale = C if C.dim() == 1 else C.diagonal()
+    if not (torch.isfinite(W.sum()) and torch.isfinite(scale).all()):
         raise NonFiniteError("A weight or a moment has NaN or infinite entries.")
     U, values = (_last_directions if last else _leading_directions)(W, C, rank, squared)
     return U * sign_of_largest(U), values
@@ -80,7 +81,7 @@ def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Te
         factors = [Triangular(_upper(W), upper=True), *_triangular_root(C, squared)]
 
     def inverse(rows: Tensor) -> Tensor:
-        """``(T Tᵀ)⁻¹`` for the product T of the factors: in an inverse the last directions come first."""
+        """Multiply by ``(T Tᵀ)⁻¹``, T the product of the factors; its leading directions are T's last."""
         block = rows.T
         for factor in factors:
             block = factor.solve(block)
@@ -89,7 +90,7 @@ def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Te
         return block.T
 
     pairs = None
-    if math.prod(factor.spread for factor in factors) > 1e-10:  # which leaves at least six correct digits
+    if math.prod(factor.spread for factor in factors) > 1e-10:  # so that at least six digits are correct
         pairs = krylov(inverse, min(W.shape), rank, W.device)
     if pairs is None:
         return _last_of_all(W, C, rank, squared)
@@ -98,7 +99,7 @@ def _last_directions(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Te
 
 
 def _last_of_all(W: Tensor, C: Tensor, rank: int, squared: bool) -> tuple[Tensor, Tensor]:
-    """The last directions out of all of them."""
+    """The last directions, from a full singular value decomposition."""
     X = _times_root(W, C, squared)
     wide = X.shape[0] < X.shape[1]
     left, values, _ = torch.linalg.svd(_upper(X.T).T if wide else X, full_matrices=False)
@@ -111,12 +112,12 @@ def _upper(matrix: Tensor) -> Tensor:
 
 
 def _triangular_root(C: Tensor, squared: bool) -> list[Triangular]:
-    """Triangular factors whose product is C, or a root of it."""
+    """Triangular factors whose product is C, or one factor that is a root of C."""
     if C.dim() == 1:
         return [Triangular(torch.diag(C if squared else C.sqrt()), upper=True)]
     lower, failed = torch.linalg.cholesky_ex(C)
     if failed:
-        lower = torch.zeros_like(C)  # singular, as its pivots say
+        lower = torch.zeros_like(C)  # the spread is then NaN, and the caller decomposes in full
     root = Triangular(lower, upper=False)
     return [root, root.transposed] if squared else [root]
 

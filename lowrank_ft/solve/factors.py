@@ -2,10 +2,10 @@
 
 The compressors minimise ``‖G^½ (W − B A) C^½‖²_F`` over factors of rank r, where ``C`` is the second
 moment of the layer's input and ``G`` that of its output's gradient; either may be the identity. The answer is
-a truncated singular value decomposition of ``M = G^½ W C^½``, read off the smaller of its two Gram matrices:
+a truncated singular value decomposition of ``M = G^½ W C^½``, computed from its smaller Gram matrix:
 
 * no more outputs than inputs: ``M Mᵀ = L_Gᵀ (W C Wᵀ) L_G``; C is never factored, so it may be singular;
-* more outputs than inputs: ``Mᵀ M = L_Cᵀ (Wᵀ G W) L_C``; G is never factored, and enters only as ``Wᵀ G W``.
+* more outputs than inputs: ``Mᵀ M = L_Cᵀ (Wᵀ G W) L_C``; G is never factored: only ``Wᵀ G W`` is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowrank_ft.solve.symmetric import Root, eigenpairs, factor_spd, with_ridge
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading ``rank`` singular triples of a matrix, by the smaller Gram matrix's eigenvectors.
+    """Return the leading ``rank`` singular triples of a matrix, from eigenvectors of its smaller Gram matrix.
 
     Squaring costs accuracy only for singular values below ``1e-8 σ₁``, in float64.
 
@@ -32,7 +32,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         ``U (m, rank)``, ``S (rank,)`` descending, ``Vᵀ (rank, n)``, in float64; the largest entry of each
-        column of U is positive, so that runs and devices agree.
+        column of U is positive, so that all runs and devices return the same signs.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     m = matrix.double() if wide else matrix.double().T
@@ -59,9 +59,9 @@ def thin_qr(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """Return columns that span what these do, which are orthogonal already but for their lengths, sign-fixed.
+    """Normalise columns that are orthogonal already, and fix their signs.
 
-    A column of zeros becomes one that is orthogonal to the others.
+    A column of zeros becomes a unit vector orthogonal to the others.
     """
     q: Tensor = torch.linalg.qr(columns)[0]
     return q * sign_of_largest(q)
@@ -75,7 +75,7 @@ def sign_of_largest(columns: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factors:
-    """``W ≈ B A`` of one rank, optimal under a metric.
+    """``W ≈ B A``, the best approximation of its rank under a metric.
 
     Attributes:
         B: ``(out, rank)``.
@@ -106,9 +106,9 @@ class Decomposition:
         weight: ``W``, ``(out, in)``, float64.
         energies: squared singular values, descending, ``(min(out, in),)``, or only the largest.
         total: sum of all squared singular values: the error of rank 0.
-        vectors: singular vectors on one side, ``(in, n)`` where ``tall``, else ``(out, n)``.
-        tall: whether the vectors are those on the side of the inputs.
-        root: the square root that was needed (of G, or of C), or None.
+        vectors: singular vectors of one side: right ones ``(in, n)`` if ``tall``, else left ones ``(out, n)``.
+        tall: whether ``vectors`` are the right singular vectors, those of the input side.
+        root: the root of G or C that the Gram matrix needed; None if it needed none.
     """
 
     weight: Tensor
@@ -119,7 +119,7 @@ class Decomposition:
     root: Root | None
 
     def error(self, rank: int) -> float:
-        """Return the squared weighted error ``‖G^½ (W − B A) C^½‖²`` that rank ``rank`` leaves."""
+        """Return the squared weighted error ``‖G^½ (W − B A) C^½‖²`` of the best factors of a rank."""
         return max(float(self.total - self.energies[:rank].sum()), 0.0)
 
     def truncate(self, rank: int) -> Factors:
@@ -131,13 +131,13 @@ class Decomposition:
         return self.cut(rank).truncate(rank)
 
     def cut(self, rank: int) -> Cut:
-        """Return what factors of this and of every smaller rank are made from, without the root."""
+        """Return the leading ``rank`` directions without the root: enough for factors of any smaller rank."""
         vectors = self.vectors[:, :rank]
         if self.root is None:
             return Cut(self.weight, self.energies, self.total, self.tall, vectors, vectors, None)
         away, back = self.root.lower @ vectors, self.root.solve_transposed(vectors)
-        taken = Conditioning(self.root.ridge, self.root.condition, self.root.method)
-        return Cut(self.weight, self.energies, self.total, self.tall, away, back, taken)
+        conditioning = Conditioning(self.root.ridge, self.root.condition, self.root.method)
+        return Cut(self.weight, self.energies, self.total, self.tall, away, back, conditioning)
 
 
 class Conditioning(NamedTuple):
@@ -150,15 +150,15 @@ class Conditioning(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """The leading directions of a decomposition: small beside it, and enough for factors of any rank below.
+    """The leading directions of a decomposition: much smaller, and enough for factors up to their number.
 
     Attributes:
         weight: ``W``, ``(out, in)``, float64.
         energies: squared singular values, descending: all of them, or only the largest.
         total: sum of all squared singular values.
-        tall: whether the directions are those on the side of the inputs.
+        tall: whether the directions are those of the input side.
         away: ``L V``, for V the leading vectors and L the root; V itself without a root.
-        back: ``L⁻ᵀ V``, likewise.
+        back: ``L⁻ᵀ V``; V itself without a root.
         root: how the root was computed; None where none was needed.
     """
 
@@ -171,7 +171,7 @@ class Cut:
     root: Conditioning | None
 
     def error(self, rank: int) -> float:
-        """Return the squared weighted error that a rank leaves."""
+        """Return the squared weighted error of the best factors of a rank."""
         return max(float(self.total - self.energies[:rank].sum()), 0.0)
 
     def truncate(self, rank: int) -> Factors:
@@ -182,22 +182,22 @@ class Cut:
         return Factors(B * sign, A * sign[:, None])
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return all but the weight, by name, each name behind a prefix."""
+        """Return every attribute but the weight as tensors, by name with ``prefix`` in front."""
         total = torch.tensor([self.total, float(self.tall)], dtype=torch.float64)
         named = {"energies": self.energies, "total": total, "back": self.back}
         if self.root is not None:
-            taken = [self.root.ridge, self.root.condition, float(self.root.method == "eigh")]
-            named |= {"away": self.away, "root": torch.tensor(taken, dtype=torch.float64)}
+            conditioning = [self.root.ridge, self.root.condition, float(self.root.method == "eigh")]
+            named |= {"away": self.away, "root": torch.tensor(conditioning, dtype=torch.float64)}
         return {prefix + name: tensor for name, tensor in named.items()}
 
     @classmethod
     def of_tensors(cls, weight: Tensor, tensors: Mapping[str, Tensor], prefix: str = "") -> Cut:
-        """Undo :meth:`tensors`, on the weight's device.
+        """Rebuild a cut from the result of :meth:`tensors`, on the weight's device.
 
         Args:
             weight: ``(out, in)``, any float dtype.
-            tensors: a mapping that contains what :meth:`tensors` returned.
-            prefix: before the names.
+            tensors: what :meth:`tensors` returned; it may hold other tensors too.
+            prefix: the prefix given to :meth:`tensors`.
         """
         energies, total, back = (
             tensors[prefix + name].to(weight.device) for name in ("energies", "total", "back")
@@ -207,8 +207,8 @@ class Cut:
             away = tensors[f"{prefix}away"].to(weight.device)
             ridge, condition, is_eigh = tensors[f"{prefix}root"].tolist()
             root = Conditioning(ridge, condition, "eigh" if is_eigh else "cholesky")
-        whole, is_tall = total.tolist()
-        return cls(weight.double(), energies, whole, bool(is_tall), away, back, root)
+        total_energy, is_tall = total.tolist()
+        return cls(weight.double(), energies, total_energy, bool(is_tall), away, back, root)
 
 
 def decompose(
@@ -227,8 +227,9 @@ def decompose(
         C: second moment of the input, ``(in, in)``, or its diagonal ``(in,)``; None for the identity.
         G: second moment of the output's gradient, ``(out, out)``; None for the identity.
         WtGW: ``Wᵀ G W``, ``(in, in)``, instead of G.
-        ridge: the smallest ridge on G (or, in ``Wᵀ G W``, on the identity it stands for).
-        rank: compute only this many leading directions, for which a randomised solver may be used.
+        ridge: the smallest ridge on G, relative to the mean of its diagonal; with ``WtGW``, the multiple of
+            ``Wᵀ W`` that the same ridge on G would add.
+        rank: compute only this many leading directions, possibly with a randomised solver.
 
     Raises:
         NonFiniteError: a moment with NaN or infinite entries.
@@ -236,13 +237,12 @@ def decompose(
     """
     W = weight.double()
     out_features, in_features = W.shape
-    # From Wᵀ G W alone only the Gram matrix on the side of the inputs can be formed.
+    # From Wᵀ G W alone only the Gram matrix of the input side can be formed.
     tall = out_features > in_features or (WtGW is not None and G is None)
     root = None
     if tall:
-        gram = gram_under(
-            W, G, WtGW, ridge if G is None else 0.0
-        )  # a G at hand is not factored, and needs none
+        # G itself is not factored on this side, so it needs no ridge.
+        gram = gram_under(W, G, WtGW, ridge if G is None else 0.0)
         if C is not None:
             root = factor_spd(torch.diag(C) if C.dim() == 1 else C)
             gram = root.lower.T @ (gram @ root.lower)
@@ -261,7 +261,7 @@ def decompose(
 def gram_under(
     weight: Tensor, G: Tensor | None = None, WtGW: Tensor | None = None, ridge: float = 0.0
 ) -> Tensor:
-    """Return ``Wᵀ G W`` with a ridge on G, whichever of the two is known; ``Wᵀ W`` where neither is.
+    """Return ``Wᵀ G W`` with a ridge on G, from G or from ``Wᵀ G W``; ``Wᵀ W`` if neither is given.
 
     Args:
         weight: ``(out, in)``, float64.

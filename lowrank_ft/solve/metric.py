@@ -21,11 +21,11 @@ class Metric:
     """``unit · ‖L^½ E R^½‖²_F`` of an error ``E (out, in)``; float32 products, float64 sums.
 
     Attributes:
-        left: ``(out,)``, a diagonal, or ``(out, out)``; None for the identity.
-        right: ``(in,)`` or ``(in, in)``, likewise.
+        left: L, ``(out, out)``, or its diagonal ``(out,)``; None for the identity.
+        right: R, ``(in, in)``, or its diagonal ``(in,)``; None for the identity.
         unit: factor on the squared weighted error.
-        WtGW: ``Wᵀ G W``, ``(in, in)``, of the weight W that errors are measured from, where it is known and
-            the left side G is not; only :func:`~lowrank_ft.solve.factors.decompose` reads it.
+        WtGW: ``Wᵀ G W``, ``(in, in)``, of the original weight W, where it is known and the left side G is
+            not; only :func:`~lowrank_ft.solve.factors.decompose` reads it.
     """
 
     left: Tensor | None = None
@@ -42,7 +42,7 @@ class Metric:
         return self.unit * max(float((left * right).sum(dtype=torch.float64)), 0.0)
 
     def densities(self, shape: torch.Size) -> Tensor:
-        """Return the weight of each entry's squared error, taken alone, ``(out, in)``, float32."""
+        """Return the weight of each entry's squared error (cross terms left out), ``(out, in)``, float32."""
         rows, columns = (_diagonal(side) for side in (self.left, self.right))
         total = torch.full(shape, self.unit, device=_device(self.left, self.right))
         if rows is not None:
@@ -53,8 +53,8 @@ class Metric:
         """Return the best factors of a rank for ``E`` under this metric, and their energies.
 
         Subspace iteration on ``L^½ E R Eᵀ L^½`` (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm
-        4.4), which stops when a step adds no more than 0.1% to the energy it captures; where twelve steps do
-        not settle, the whole problem is solved.
+        4.4). It stops when a step adds no more than 0.1% to the captured energy; if twelve steps are not
+        enough, all eigenvectors are computed.
 
         Args:
             E: ``(out, in)``.
@@ -62,7 +62,7 @@ class Metric:
             start: ``(out, any)``, directions to start from: an earlier ``B``.
 
         Returns:
-            factors, ``B (out, rank)`` and ``A (rank, in)``, float32; and what each direction takes from
+            factors, ``B (out, rank)`` and ``A (rank, in)``, float32; and by how much each direction lowers
             :meth:`error`, ``(rank,)``, descending.
         """
         out_features = E.shape[0]
@@ -90,6 +90,7 @@ class Metric:
         return Factors(self._undo(Q), A), self.unit * values[-rank:].flip(0).clamp_min(0)
 
     def _whole(self, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole space as a basis, with all eigenvalues and eigenvectors in it."""
         half = self._half(E.double())
         gram = half @ _times(half, self.right).T
         values, vectors = torch.linalg.eigh(gram)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lowrank_ft.errors import ConfigError, NonFiniteError
 
-GRADIENT_RIDGE = 1e-4  # of G, which a few thousand tokens leave rank-deficient or nearly so
+GRADIENT_RIDGE = 1e-4  # for G: estimated from a few thousand tokens, it is rank-deficient or nearly so
 RIDGES = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6)
 
 
 @dataclass(frozen=True)
 class Triangular:
-    """A triangular matrix that is only ever solved with.
+    """A triangular matrix T, used only to solve linear systems.
 
     Attributes:
         matrix: ``(n, n)``.
@@ -38,7 +38,7 @@ class Triangular:
 
     @property
     def spread(self) -> float:
-        """The smallest pivot's share of the largest."""
+        """The smallest pivot divided by the largest."""
         pivots = self.matrix.diagonal().abs()
         return float(pivots.min() / pivots.max())
 
@@ -49,8 +49,8 @@ class Root:
 
     Attributes:
         lower: ``L``, ``(n, n)``, lower triangular.
-        ridge: what was added, relative to the mean of the diagonal; the floor of the eigenvalues where
-            ``method`` is ``"eigh"``.
+        ridge: the ridge that was added, relative to the mean of the diagonal; with ``method`` ``"eigh"``, the
+            floor of the eigenvalues.
         method: ``"cholesky"`` or ``"eigh"``.
         condition: squared ratio of the largest to the smallest pivot: a lower bound of the condition number.
     """
@@ -70,10 +70,10 @@ class Root:
 
 
 def factor_spd(matrix: Tensor, ridge: float = 0.0) -> Root:
-    """Return a triangular root of a symmetric positive semidefinite matrix, and say what it took.
+    """Return a triangular root of a symmetric positive semidefinite matrix, and the ridge that it needed.
 
-    Cholesky, with a ridge that starts at ``ridge`` and grows tenfold until it succeeds; where 1e-6 is not
-    enough, from the eigenvectors with floored eigenvalues. Never an inverse, never a pseudo-inverse.
+    Cholesky with a ridge that starts at ``ridge`` and grows tenfold until it succeeds; if 1e-6 is not
+    enough, an eigendecomposition with floored eigenvalues. No inverse or pseudo-inverse is formed.
 
     Args:
         matrix: ``(n, n)``, float64.
@@ -135,10 +135,10 @@ def krylov(
 ) -> tuple[Tensor, Tensor] | None:
     """Return leading eigenpairs of a symmetric positive semidefinite operator, by a block Krylov space.
 
-    Musco and Musco 2015, arXiv 1504.05477, algorithm 2, with every new block made orthogonal to those before
-    it, which keeps the images, so that residuals are known at every step. Blocks have as many vectors as
-    pairs are asked for, so that none is missed where an eigenvalue has as many equals; they are stored as
-    rows, since a product from the left with a wide matrix is then at full speed whatever their number.
+    Musco and Musco 2015, arXiv 1504.05477, algorithm 2. Every new block is orthogonalised against the earlier
+    ones, and the products with the operator are kept, so that residuals are known at every step. A block has
+    ``count`` vectors or more, so that a multiple eigenvalue is found completely. Blocks are stored as rows:
+    the product of a few rows with a wide matrix runs at full speed.
 
     Args:
         apply: multiplies rows ``(b, n)`` from the right by the operator, in float64.
@@ -147,10 +147,10 @@ def krylov(
         device: where blocks live.
 
     Returns:
-        values ``(count,)``, descending, and vectors ``(n, count)``, every pair with ``‖M v − λ v‖ ≤ 1e-6 λ``
-        outside of the space of these vectors; inside it, rounding errors of the largest λ are all that is
-        left, and those turn vectors by no more than rounding. None where half of the whole space, or eighteen
-        blocks, are not enough, or where the whole problem is too small for it to pay.
+        values ``(count,)``, descending, and vectors ``(n, count)``. Every residual ``M v − λ v`` has a norm of
+        at most ``1e-6 λ`` outside of the span of the vectors; inside the span it consists of rounding errors
+        of the largest λ, which rotate the vectors by no more than rounding does. None if eighteen blocks, or
+        blocks for half of the space, are not enough, or if the problem is too small for the method to pay.
     """
     if not krylov_pays(n, count):
         return None
@@ -162,14 +162,14 @@ def krylov(
     projected = block.new_empty(blocks * width, blocks * width)
     for step in range(blocks):
         old, new = step * width, (step + 1) * width
-        for _ in range(2):  # once leaves what rounding made of the part that was taken out
+        for _ in range(2):  # the second pass removes the rounding errors of the first
             block = torch.linalg.qr((block - block @ basis[:old].T @ basis[:old]).T)[0].T
         image = apply(block)
         basis[old:new], images[old:new] = block, image
         projected[old:new, :new] = image @ basis[:new].T
         projected[:old, old:new] = projected[old:new, :old].T
         block = image
-        if step < 5 or step % 2 == 0:  # hardly ever enough, and a check costs about what a step does
+        if step < 5 or step % 2 == 0:  # seldom enough steps, and a check costs about as much as a step
             continue
         small, rotation = torch.linalg.eigh(projected[:new, :new])
         values, rotation = small[-count:].flip(0), rotation[:, -count:].flip(1).T
@@ -181,31 +181,33 @@ def krylov(
             return values, vectors.T
         outliers = int((values > _OUTLYING * values[-1]).sum())
         if outliers and done[:outliers].all():
-            first, rest = vectors[:outliers], _without(vectors[:outliers], apply)
-            others = krylov(rest, n, count - outliers, device)
+            first, deflated = vectors[:outliers], _without(vectors[:outliers], apply)
+            others = krylov(deflated, n, count - outliers, device)
             if others is None:
                 return None
-            both, _ = torch.linalg.qr(torch.cat([first.T, others[1]], 1))  # orthogonal but for rounding
-            return torch.cat([values[:outliers], others[0]]), both
+            # They are orthogonal already up to rounding.
+            joined, _ = torch.linalg.qr(torch.cat([first.T, others[1]], 1))
+            return torch.cat([values[:outliers], others[0]]), joined
     return None
 
 
 def _width(count: int) -> int:
-    """Vectors of a block; fewer than eight would take more steps for no less work."""
+    """Vectors per block; fewer than eight would take more steps without saving work."""
     return max(count, 8)
 
 
 def krylov_pays(n: int, count: int) -> bool:
-    """Whether a problem is large enough for a Krylov space to be less work than all of it."""
+    """Whether a problem is large enough for a Krylov space to be less work than a full decomposition."""
     return 16 * _width(count) <= n
 
 
-# Beside an eigenvalue as much larger, the rounding errors of its images hide the residuals of the others.
+# Eigenvalues that are larger by this factor are deflated: rounding errors of their products would hide the
+# residuals of the other pairs.
 _OUTLYING = 1e5
 
 
 def _without(vectors: Tensor, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The operator without eigenvectors of it, given as rows."""
+    """The operator with some of its eigenvectors (given as rows) projected out."""
 
     def projected(rows: Tensor) -> Tensor:
         return rows - rows @ vectors.T @ vectors

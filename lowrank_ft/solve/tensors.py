@@ -16,29 +16,29 @@ def tucker(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
 
     Args:
         core: ``(r_1, …, r_N)``.
-        factors: for each mode ``(n_i, r_i)``, or None where the core has the mode whole.
+        factors: for each mode ``(n_i, r_i)``, or None if the core has the mode at full size.
 
     Returns:
         ``(n_1, …, n_N)``.
     """
-    whole = core
-    for factor in factors:  # each mode in turn is the first, and goes to the end: N turns restore the order
-        whole = whole.movedim(0, -1)
-        whole = whole if factor is None else whole @ factor.T
-    return whole
+    product = core
+    for factor in factors:  # the first mode moves to the end each time: N moves restore the order
+        product = product.movedim(0, -1)
+        product = product if factor is None else product @ factor.T
+    return product
 
 
 def hosvd(tensor: Tensor, ranks: Sequence[int | None], sweeps: int = 0) -> tuple[Tensor, list[Tensor | None]]:
     """Return a Tucker decomposition with orthonormal factors, in float64.
 
-    Each factor has the leading left singular vectors of its mode's unfolding (De Lathauwer et al. 2000). The
-    squared error is at most the sum over modes of what they cut off, and so within a factor N of the best;
-    each sweep of orthogonal iteration (HOOI, the same authors) lowers it.
+    Each factor holds the leading left singular vectors of its mode's unfolding (De Lathauwer et al. 2000).
+    The squared error is at most the sum over modes of the discarded squared singular values, and so at most N
+    times the best possible; each sweep of orthogonal iteration (HOOI, the same authors) lowers it.
 
     Args:
         tensor: any float dtype.
-        ranks: for each mode, from 1 to its size and to the product of the others; None leaves it whole,
-            without a factor.
+        ranks: for each mode, from 1 to the smaller of its size and the product of the other sizes; None
+            keeps the mode at full size, without a factor.
         sweeps: rounds of HOOI.
 
     Returns:
@@ -60,9 +60,9 @@ def leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
     unfolded = tensor.movedim(mode, 0).flatten(1)
     if unfolded.shape[0] <= unfolded.shape[1]:
         _, vectors = eigenpairs(unfolded @ unfolded.T, rank)
-    else:  # a vocabulary's own Gram matrix would be too large
+    else:  # the Gram matrix of a long mode, such as a vocabulary, would be too large
         left, _, _ = truncated_svd(unfolded, rank)
-        vectors, _ = torch.linalg.qr(left)  # where a singular value is zero, so is the vector
+        vectors, _ = torch.linalg.qr(left)  # a zero singular value has a zero vector in `left`
     return vectors * sign_of_largest(vectors)
 
 
