@@ -1,8 +1,8 @@
-"""C kernels: built on first use where the machine has a C compiler, and kept for the next process.
+"""C kernels: built on first use if the machine has a C compiler, and cached for later processes.
 
 A compiler is optional: without one, or with ``LOWRANK_FT_NO_COMPILER=1``, plain torch computes bit-identical
-results. Nothing is downloaded. A library is built from a C file of this package and kept in the user's cache,
-under a hash of the source and of the machine.
+results. Nothing is downloaded. A library is built from a C file of this package and kept in the user's cache
+directory; its file name contains a hash of the source and of the machine.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Kernel:
     """The functions of one C file.
 
     Attributes:
-        source: the file, of this package.
-        without: what is slower without it, for the warning.
+        source: the C file, in this package.
+        without: what is slower without the kernel, for the warning.
     """
 
     source: Path
@@ -42,17 +42,17 @@ class Kernel:
         return library(self) is not None
 
     def function(self, name: str) -> ctypes._NamedFuncPointer:
-        """Return a function of a kernel that is available; it returns nothing."""
+        """Return a C function, which must return void; the kernel must be available."""
         loaded = library(self)
         assert loaded is not None
-        called: ctypes._NamedFuncPointer = getattr(loaded, name)
-        called.restype = None
-        return called
+        function: ctypes._NamedFuncPointer = getattr(loaded, name)
+        function.restype = None
+        return function
 
 
 @functools.cache
 def library(kernel: Kernel) -> ctypes.CDLL | None:
-    """Return a kernel's library, or None where there is no compiler or it fails."""
+    """Return a kernel's library, or None if there is no compiler or it fails."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or os.environ.get("LOWRANK_FT_NO_COMPILER") == "1":
         return None
@@ -62,7 +62,7 @@ def library(kernel: Kernel) -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
             f"The kernel {kernel.source.name} could not be built with {compiler}, so {kernel.without}. Set "
-            f"LOWRANK_FT_NO_COMPILER=1 to be asked no more. {detail}",
+            f"LOWRANK_FT_NO_COMPILER=1 to silence this warning. {detail}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -75,17 +75,17 @@ def at(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _built(source: Path, compiler: str) -> Path:
-    """Return the library, which another process may have built before."""
+    """Return the path of the library; build it unless another process has."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank_ft"
     name = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, _machine())).encode()).hexdigest()[:16]
     target = cache / f"{source.stem}-{name}.so"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            built = Path(scratch) / target.name
-            command = [compiler, *FLAGS, "-o", str(built), str(source)]
+            output = Path(scratch) / target.name
+            command = [compiler, *FLAGS, "-o", str(output), str(source)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-            built.replace(target)  # atomic, since another process may build it at the same time
+            output.replace(target)  # atomic, since another process may build it at the same time
     return target
 
 

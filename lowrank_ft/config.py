@@ -17,26 +17,26 @@ T = TypeVar("T")
 
 
 def parse(
-    cls: type[T], options: Mapping[str, Any], what: str = "", given: Mapping[str, Any] | None = None
+    cls: type[T], options: Mapping[str, Any], what: str = "", built: Mapping[str, Any] | None = None
 ) -> T:
     """Build the dataclass ``cls`` from ``options``, checking every name and type.
 
     Args:
         cls: a dataclass type.
         options: field names to values, as they come from keyword arguments, YAML or JSON.
-        what: how to call the thing in an error message; the class name by default.
-        given: fields that are built already; they are not checked again.
+        what: what error messages call the dataclass; its class name by default.
+        built: further fields whose values are built already; they are not checked.
 
     Raises:
         ConfigError: an unknown option (with the nearest known one), a missing one, a wrong type, or a
-            value that the dataclass itself refuses.
+            value that the dataclass itself rejects.
     """
     from jsonargparse import ArgumentParser
 
-    what, given = what or cls.__name__, given or {}
+    what, built = what or cls.__name__, built or {}
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     check_names(options, fields, what)
-    missing = [n for n, f in fields.items() if n not in options and n not in given and is_required(f)]
+    missing = [n for n, f in fields.items() if n not in options and n not in built and is_required(f)]
     if missing:
         raise ConfigError(f"{what} needs {', '.join(map(repr, missing))}.")
 
@@ -49,11 +49,11 @@ def parse(
     except ArgumentError as error:
         reason = " ".join(str(error).split()).replace("Parser key", "option")
         raise ConfigError(f"{what}: {reason}") from None
-    return cls(**given, **{name: parsed[name] for name in options})
+    return cls(**built, **{name: parsed[name] for name in options})
 
 
 def check_names(options: Mapping[str, Any], fields: Mapping[str, Any], what: str) -> None:
-    """Raise ``ConfigError`` for the first option that is not ``fields``, naming the nearest one."""
+    """Raise ``ConfigError`` for the first option that is not in ``fields``, and suggest the nearest field."""
     for name in options:
         if name not in fields:
             listing = ", ".join(sorted(fields)) or "none"
@@ -68,7 +68,7 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a dataclass as plain JSON data: tuples become lists, nested dataclasses mappings."""
+    """Return a dataclass as plain JSON data: tuples become lists, nested dataclasses become mappings."""
     return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 

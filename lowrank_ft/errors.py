@@ -1,4 +1,4 @@
-"""The errors users meet. Each message names the thing at fault and the remedy."""
+"""The errors that users see. Each message says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TargetError(LowRankError, ValueError):
 
 
 class StateError(LowRankError, RuntimeError):
-    """The verb does not apply to the model as it is now (already wrapped, merged, nothing to unload…)."""
+    """The operation does not apply to the model's present state (already wrapped, nothing to unload…)."""
 
 
 class CheckpointError(LowRankError, ValueError):
@@ -31,7 +31,7 @@ class CheckpointError(LowRankError, ValueError):
 
 
 class StorageError(LowRankError, OSError):
-    """There is too little room on a disk for what is to be written."""
+    """A disk has too little free space for the files to be written."""
 
 
 class NonFiniteError(LowRankError, ArithmeticError):
@@ -39,6 +39,6 @@ class NonFiniteError(LowRankError, ArithmeticError):
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest known names, or an empty string."""
+    """Return ``" Did you mean 'x'?"`` for the names closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.55)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

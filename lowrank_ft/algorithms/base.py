@@ -104,11 +104,11 @@ class CompressorConfig(MethodConfig):
         Raises:
             ConfigError: the targeted layers have no more parameters than are to be removed.
         """
-        whole = {"total": counts.total, "blocks": counts.blocks, "targets": targeted}[self.ratio_of]
-        left = targeted - round(self.ratio * whole)
+        base = {"total": counts.total, "blocks": counts.blocks, "targets": targeted}[self.ratio_of]
+        left = targeted - round(self.ratio * base)
         if left <= 0:
             raise ConfigError(
-                f"Removing {self.ratio:.0%} of {whole:,} parameters is more than the targeted layers have "
+                f"Removing {self.ratio:.0%} of {base:,} parameters is more than the targeted layers have "
                 f"({targeted:,}). Lower the ratio, or target more layers (embeddings?)."
             )
         return left

@@ -1,15 +1,16 @@
-"""CorDA: a LoRA that starts in the directions of the output that a text uses most, or least.
+"""CorDA: a LoRA that starts in the output directions with the most, or the least, energy on a text.
 
 Yang et al. 2024, arXiv 2406.05223. With ``C = E[x xᵀ]`` the second moment of a layer's input on some text
 and ``W C = U S Vᵀ``, the paper starts from ``B A = U_r S_r V_rᵀ C⁻¹`` (equations 3–5) with the *first* r
-triples, so that training begins where the text's energy is ("instruction previewed"), or with the *last* r,
-so that it changes least what the text needs ("knowledge preserved").
+triples, so that training begins in the directions with the most energy ("instruction-previewed"), or with the
+*last* r, so that training changes the outputs on the text least ("knowledge-preserved").
 
-The inverse cancels: ``U_rᵀ W C C⁻¹ = U_rᵀ W``. So ``B A = U_r U_rᵀ W``, the weight projected on directions of
-its output; nothing is inverted, and C may be singular.
+The inverse cancels: ``U_rᵀ W C C⁻¹ = U_rᵀ W``. So ``B A = U_r U_rᵀ W`` is the weight projected on directions
+of its output; no matrix is inverted, and C may be singular.
 
-The base is not changed. The start ``B₀ A₀`` is kept, frozen, and the delta is ``scale · (B A − B₀ A₀)``: it
-trains as the paper's form does, is exactly zero at the start, and leaves the base to other adapters.
+The base stays unchanged. A frozen copy ``B₀ A₀`` of the start is kept, and the delta is
+``scale · (B A − B₀ A₀)``. It trains as the paper's form does, is exactly zero at the start, and other
+adapters can use the same base.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from lowrank_ft.structure.registry import register_method
 
 @dataclass(frozen=True)
 class CorDA(LoRAOptions):
-    """CorDA: a LoRA that starts in the directions that a text uses most, or least."""
+    """CorDA: a LoRA that starts in the output directions with the most, or the least, energy on a text."""
 
     mode: Literal["knowledge", "instruction"] = "instruction"
-    """"instruction": start in the directions that the calibration text (the task's own) uses most;
-    "knowledge": in those that it (text of what is to be kept) uses least."""
+    """"instruction": start in the output directions with the most energy on the calibration text, which
+    should be the task's; "knowledge": in those with the least, on a text of the knowledge to preserve."""
     objective: Literal["covariance", "output"] = "covariance"
-    """Directions of W C (the paper), or of W C^½: the principal components of the layer's output."""
+    """Directions are singular vectors of W C ("covariance", the paper), or of W C^½ ("output"), which are the
+    principal components of the layer's output."""
     factors: Literal["balanced", "paper"] = "balanced"
-    """How the start is split in two: evenly, whatever the scale of the activations; or as U √S and
-    √S Vᵀ C⁻¹, whose balance depends on it."""
+    """How the start is split into two factors: "balanced" evenly; "paper" as U √S and √S Vᵀ C⁻¹, whose norms
+    depend on the scale of the activations."""
     budget: int | None = None
-    """Numbers to train in all, in place of one rank: each layer gets its share by the spectrum of its output
+    """Parameters to train in total, instead of one rank: ranks depend on the spectra of the layers' outputs
     on the calibration text."""
     calibration: Calibration = field(default_factory=Calibration)
     """The data that the method looks at."""
@@ -59,7 +61,7 @@ class CorDA(LoRAOptions):
 
 @register_method
 class CorDAMethod(Method[CorDA]):
-    """LoRA with a start that is computed from a text."""
+    """LoRA with a start computed from calibration data."""
 
     name = "corda"
     family = Family.ADAPTER
@@ -79,7 +81,7 @@ class CorDAMethod(Method[CorDA]):
         return chosen
 
     def check(self, site: Site) -> None:
-        """Refuse ranks that are too large, and convolutions with groups, before anything is gathered."""
+        """Refuse ranks that are too large, and convolutions with groups."""
         (name,), (module,) = site.names, site.modules
         layer = layer_of(module, name)
         if isinstance(layer, ConvLayer) and layer.module.groups > 1:
@@ -92,7 +94,7 @@ class CorDAMethod(Method[CorDA]):
             self._rank(site)
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return the layer's spectrum, where a budget is spent by it; nothing else is to be chosen."""
+        """Return one option, whose handle is the layer's spectrum, if there is a budget; otherwise none."""
         if self.config.budget is None:
             return []
         layer = layer_of(site.modules[0])
@@ -115,13 +117,13 @@ class CorDAMethod(Method[CorDA]):
         return [Share(rank) for rank in ranks]
 
     def structure(self, site: Site, share: Share) -> Mapping[str, LoRANode]:
-        """Return one LoRA a layer, measured from its start."""
+        """Return one LoRA for each layer, whose delta is measured from its start."""
         return {site.names[0]: self.config.node(site, cast(int, share.rank), anchored=True)}
 
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> None:
-        """Start from the weight, projected on directions of its output; the delta is zero."""
+        """Start from the weight projected on directions of its output, with a delta of zero."""
         delta, layer = cast(LoRADelta, new[site.names[0]]), layer_of(site.modules[0])
         weight, C = layer.matrix().detach().double(), self._moment(site, layer, statistics)
         last = self.config.mode == "knowledge"
@@ -130,7 +132,7 @@ class CorDAMethod(Method[CorDA]):
         if self.config.factors == "balanced":
             factors = factors.balanced()
         else:
-            zero = 1e-14 * float(weight.norm() * C.norm())  # a zero up to rounding
+            zero = 1e-14 * float(weight.norm() * C.norm())  # values up to this are zero but for rounding
             if S[-1] <= zero:
                 raise ConfigError(
                     f"The second moment of the input of {site.names[0]} is singular, where factors='paper' "
@@ -150,17 +152,17 @@ class CorDAMethod(Method[CorDA]):
 
 
 def spread(spectra: Sequence[Tensor], prices: Sequence[int], budget: int, *, smallest: bool) -> list[int]:
-    """Spend a budget on ranks by what each further direction holds of its layer's energy, for its price.
+    """Spend a budget on ranks greedily, by the energy that a further direction adds per parameter.
 
-    Every layer's energies are relative to its own sum, and every layer gets at least rank 1. The answer is
-    optimal up to the last direction that does not fit, since a layer's directions come in the order of their
-    energies.
+    Energies are relative to the sum of their layer, and every layer gets at least rank 1. The result is
+    optimal up to the last direction that does not fit, since a layer's directions are sorted by energy.
 
     Args:
         spectra: each layer's singular values, descending.
-        prices: what one rank costs each layer.
-        budget: what all may cost.
-        smallest: take the least energy, from the end of each spectrum; otherwise the most, from its start.
+        prices: how many parameters one rank costs in each layer.
+        budget: parameters of all ranks together.
+        smallest: take the directions with the least energy, from the end of each spectrum, instead of those
+            with the most.
 
     Returns:
         each layer's rank.
@@ -174,15 +176,15 @@ def spread(spectra: Sequence[Tensor], prices: Sequence[int], budget: int, *, sma
             f"The budget of {budget:,} is below {sum(prices):,}, what rank 1 takes in every layer: raise it, "
             f"or target fewer layers."
         )
-    offers = []
+    directions = []
     for i, (values, price) in enumerate(zip(spectra, prices, strict=True)):
         energies = values.square() / values.square().sum().clamp_min(1e-300)
         ordered = energies.flip(0) if smallest else -energies
-        offers += [(value / price, i) for value in ordered.tolist()[1:]]
+        directions += [(value / price, i) for value in ordered.tolist()[1:]]
     ranks, closed = [1] * len(spectra), set()
-    for _, i in sorted(offers):
+    for _, i in sorted(directions):
         if i in closed or prices[i] > left:
-            closed.add(i)  # its later directions would come after this one
+            closed.add(i)  # a layer's directions are taken in order, so none after this one can be taken
             continue
         ranks[i] += 1
         left -= prices[i]

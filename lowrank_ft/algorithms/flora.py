@@ -89,8 +89,8 @@ class FLoRA(ScaledOptions):
         ranks: list[int | None] = []
         for mode, size in zip(layer.modes, shape, strict=True):
             bounded = min(configured.get(mode, self.rank_kernel or size), size, math.prod(shape) // size)
-            whole = size == 1 or (bounded == size and self.full_modes == "whole")
-            ranks.append(None if whole else bounded)
+            has_no_factor = size == 1 or (bounded == size and self.full_modes == "whole")
+            ranks.append(None if has_no_factor else bounded)
         if self.full_modes == "whole" and size_of(shape, ranks) >= math.prod(shape):
             return (None,) * len(shape)
         return tuple(ranks)
@@ -131,7 +131,7 @@ class FLoRANode(DeltaNode):
         """Return the update for ``layer``.
 
         Raises:
-            ConfigError: the number of ranks differs from that of the weight's axes, or a rank exceeds its axis.
+            ConfigError: the weight has another number of axes, or an axis smaller than its rank.
         """
         shape = layer.tensor_shape
         fits = len(shape) == len(self.ranks) and all(
@@ -165,8 +165,8 @@ class FLoRADelta(Delta):
 
     def weight(self) -> Tensor:
         """Return ``ΔW``, ``out × in``."""
-        whole = solve.tucker(self.core, list(self.factors.values()))
-        return self.layer.tensor_to_matrix(whole) * self.node.scale
+        update = solve.tucker(self.core, list(self.factors.values()))
+        return self.layer.tensor_to_matrix(update) * self.node.scale
 
     def as_lora(self) -> LowRankForm | None:
         """Return the exact low-rank form.

@@ -1,15 +1,16 @@
-"""LoRA, and what is LoRA with another scale, another start or a rescaled weight.
+"""LoRA, and its variants with another scale, another start or a rescaled weight.
 
 ``ΔW = scale · B A`` with ``A: r × in``, ``B: out × r`` and ``scale = α/r`` (Hu et al. 2021, arXiv
 2106.09685, section 4.1) or ``α/√r`` (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2).
 
 DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5): ``W' = m ∘ (W + ΔW) / ‖W + ΔW‖``, one magnitude for
-each row of the ``out × in`` matrix, the norm kept out of the gradient (section 4.3).
+each row of the ``out × in`` matrix, the norm treated as a constant in the gradient (section 4.3).
 
 PiSSA (Meng et al. 2024, arXiv 2404.02948, equations 2–4) starts from the leading singular triples of W,
-OLoRA (Büyükakyüz 2024, arXiv 2406.01775) from its QR factors. Here they do not change the base: the start
-``B₀ A₀`` is kept, frozen, and the delta is ``scale · (B A − B₀ A₀)``, which trains as the papers' form does,
-is exactly zero at the start, and leaves the base to other adapters.
+OLoRA (Büyükakyüz 2024, arXiv 2406.01775) from its QR factors. The papers subtract the start from the
+base. Here the base stays unchanged: a frozen copy ``B₀ A₀`` of the start is kept, and the delta is
+``scale · (B A − B₀ A₀)``. It trains as the papers' form does, is exactly zero at the start, and other
+adapters can use the same base.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class ScaledOptions(LowRankConfig):
     """Options of every update that is a scaled product of two factors."""
 
     alpha: float | None = None
-    """Scale of the update: it is multiplied by alpha/rank (or alpha/√rank). The rank itself by default."""
+    """The update is multiplied by alpha/rank (or alpha/√rank). By default alpha is the rank."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Alphas of layers that differ: name, name ending, glob or "re:…" to alpha; the first match counts."""
+    """Exceptions to `alpha`: from name, name ending, glob or "re:…" to alpha; the first match counts."""
     scaling: Scaling = "standard"
-    """"standard" is alpha/rank; "rslora" is alpha/√rank, which keeps large ranks learning."""
+    """"standard" is alpha/rank; "rslora" is alpha/√rank, so that large ranks learn as fast as small ones."""
     dropout: float = 0.0
     """Probability of dropping an element of the update's input in training."""
 
@@ -75,7 +76,7 @@ class ScaledOptions(LowRankConfig):
         return lookup(self.alpha_pattern, name, default)
 
     def check_dropout(self, site: Site) -> None:
-        """Raise ``TargetError`` where the input of a layer cannot be dropped."""
+        """Raise ``TargetError`` if dropout cannot act on a layer's input."""
         if layer_of(site.modules[0]).kind == "embedding" and self.dropout > 0:
             raise TargetError(
                 f"{site.names[0]} is an Embedding, whose input cannot be dropped. Exclude it, or set "
@@ -85,10 +86,10 @@ class ScaledOptions(LowRankConfig):
 
 @dataclass(frozen=True)
 class LoRAOptions(ScaledOptions):
-    """Options of every adapter that ends as a LoRA, whatever it starts from."""
+    """Options of every adapter that is a LoRA, with any start."""
 
     dora: bool = False
-    """Train a magnitude for each output beside the direction (DoRA)."""
+    """Train a magnitude for each output as well (DoRA)."""
 
     def node(self, site: Site, rank: int, *, anchored: bool) -> LoRANode:
         """Return the structure of a LoRA on a site.
@@ -103,11 +104,11 @@ class LoRAOptions(ScaledOptions):
 
 @dataclass(frozen=True)
 class LoRA(LoRAOptions):
-    """LoRA: a trained low-rank update beside each frozen weight."""
+    """LoRA: a trained low-rank update of each frozen weight."""
 
     init: Start = "kaiming"
-    """Start of A ("kaiming" uniform, "gaussian", "orthogonal", B zero), or of both from the weight: "pissa"
-    (leading singular triples) or "olora" (QR)."""
+    """Start of A, with B at zero: "kaiming" (uniform), "gaussian" or "orthogonal". Or of both factors, from
+    the weight: "pissa" (its leading singular triples) or "olora" (its QR factors)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class LoRANode(ScaledNode):
     kind: ClassVar[str] = "lora"
     dora: bool = False
     anchored: bool = False  # the delta is measured from a frozen start, B₀ A₀
-    carries: bool = False  # part of the layer's weight lies in it: the layer is not whole without
+    carries: bool = False  # the LoRA holds part of the layer's weight, so the layer needs it
     dtype: FactorType = "auto"  # of the factors; "auto" is the layer's, but never half precision
 
     def delta(self, layer: Layer) -> Delta:
@@ -169,7 +170,7 @@ class LoRADelta(Delta):
 
     @torch.no_grad()
     def start_from(self, B: Tensor, A: Tensor) -> None:
-        """Fill the factors and, frozen, where they start: the delta is zero, and measured from there.
+        """Fill the factors and their frozen copies, so that the delta is zero and measured from there.
 
         Args:
             B: ``(out, rank)``.
@@ -183,8 +184,8 @@ class LoRADelta(Delta):
     def as_lora(self) -> LowRankForm:
         """Return ``(A, B)``; anchored, the exact form of rank 2r.
 
-        ``B A − B₀ A₀ = (B − B₀) A + B₀ (A − A₀)``: both terms are exactly zero at the start, where the
-        difference of the two products would leave rounding errors.
+        ``B A − B₀ A₀ = (B − B₀) A + B₀ (A − A₀)``: both terms are exactly zero at the start, whereas the
+        difference of the two products could leave rounding errors.
         """
         if not self.node.anchored:
             return LowRankForm(self.A, self.B, self.node.scale)
@@ -214,14 +215,14 @@ class LoRADelta(Delta):
 
 @register_method
 class LoRAMethod(Method[LoRA]):
-    """LoRA and its relatives."""
+    """LoRA and its variants."""
 
     name = "lora"
     family = Family.ADAPTER
     Config = LoRA
 
     def structure(self, site: Site, share: Share) -> Mapping[str, LoRANode]:
-        """Return one LoRA a layer."""
+        """Return one LoRA for each layer."""
         anchored = self.config.init in ("pissa", "olora")
         return {site.names[0]: self.config.node(site, cast(int, share.rank), anchored=anchored)}
 
@@ -248,7 +249,7 @@ def _start_at_random(delta: LoRADelta, layer: Layer, start: Start, generator: to
     values = torch.empty(shape)
     if layer.kind == "embedding":
         values.normal_(generator=generator)
-    elif start == "kaiming":  # uniform in ±1/√in, what Linear itself starts with
+    elif start == "kaiming":  # uniform in ±1/√in, as nn.Linear starts
         bound = 1 / math.sqrt(shape[1])
         values.uniform_(-bound, bound, generator=generator)
     elif start == "gaussian":

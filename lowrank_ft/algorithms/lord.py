@@ -57,8 +57,8 @@ class LoRD(CompressorConfig):
     sensitivity to it, measured by forward passes (no gradients); "uniform" with one ratio for all layers. By
     default "loss" if that is the objective, else "uniform"."""
     centered: bool | None = None
-    """Let the bias compensate the mean error, so that the factors need not represent the mean (AFM). By default
-    only in layers with a bias; True adds one to every layer, which some stock models cannot hold."""
+    """Let the bias compensate the mean error, so that the factors need not represent the mean (AFM). By
+    default only in layers with a bias; True adds one to every layer, which some stock models cannot hold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +157,7 @@ class LoRDMethod(Method[LoRD]):
 
 
 def needs_of(objective: Objective) -> frozenset[Need]:
-    """Return the statistics that an objective needs: none for the weights, inputs, for the loss also gradients."""
+    """Return the statistics that an objective needs: none, inputs, or inputs and output gradients."""
     needs: dict[str, set[Need]] = {
         "weight": set(),
         "output": {Need.INPUT},
@@ -199,8 +199,8 @@ def decompose(
 def target_of(layer: Layer, moments: SiteStatistics | None, *, centers: bool) -> Tensor:
     """Return the matrix that the factors approximate, ``(out, in)``, float64.
 
-    It is the layer's own, except for an embedding whose bias compensates the mean. There it is the table minus
-    its mean row: for one-hot tokens, subtracting the mean from the table centres the outputs.
+    It is the layer's own, except for an embedding whose bias compensates the mean. There it is the table
+    minus its mean row: for one-hot tokens this centres the outputs.
     """
     matrix = layer.matrix().double()
     if moments is None or not centers or moments.C.dim() == 2:

@@ -1,13 +1,13 @@
-"""LQ-LoRA: a weight as a quantised matrix and a low-rank one, chosen together; the low-rank one trains.
+"""LQ-LoRA: split a weight into a quantised matrix and a low-rank one, which is then trained.
 
-Guo, Greengard, Xing and Kim 2024, arXiv 2311.12023: ``min ‖D_row (W − Q − L₁ L₂) D_col‖_F`` by turns
-(algorithm 1): ``L₁ L₂`` the best low-rank matrix for ``W − Q`` under the metric, then Q what ``W − L₁ L₂``
-rounds to. ``mode="paper"`` is that, from ``Q = 0``, stopping when the error grows; the best iterate is
-returned, where the reference code returns the last, worse one.
+Guo, Greengard, Xing and Kim 2024, arXiv 2311.12023: ``min ‖D_row (W − Q − L₁ L₂) D_col‖_F`` by
+alternation (algorithm 1): ``L₁ L₂`` becomes the best low-rank matrix for ``W − Q`` under the metric, then Q
+becomes the rounded ``W − L₁ L₂``. ``mode="paper"`` does this, starting from ``Q = 0`` and stopping when the
+error grows. It returns the best iterate; the reference code returns the last one, which is worse.
 
-Our default differs in three ways. Errors count by what they do to the loss. Rounding makes up for its own
-errors (``rounding="feedback"``). And a turn ends with the low-rank matrix, so that it corrects the rounding
-that is kept.
+Our default differs in three ways. Errors are weighed by their effect on the loss. Rounding compensates its
+own errors (``rounding="feedback"``). And an iteration ends with the low-rank matrix, so that it corrects the
+errors of the final Q.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ class LQLoRA(QuantizeOptions, LoRAOptions):
     codebook: CodebookName = "signed"
     """Levels: "signed" (scaled by the signed largest entry), "nf" (the paper), or "fitted" (to a matrix)."""
     rounding: Rounding = "feedback"
-    """"feedback": make up for errors in columns still to be rounded (GPTQ); or "nearest" (the paper)."""
+    """"feedback": compensate errors in the columns still to be rounded (GPTQ); or "nearest" (the paper)."""
     objective: Weighing = "loss"
-    """What errors count by: "loss", "activation", "fisher" (the paper), or "weight" (the paper, no data)."""
+    """How errors are weighed: "loss", "activation", "fisher" (the paper), "weight" (the paper, no data)."""
     mode: Literal["refit", "paper"] = "refit"
-    """"refit": every turn ends with the low-rank correction of what was rounded; "paper": with rounding."""
+    """"refit": every iteration ends with the low-rank correction; "paper": it ends with rounding."""
     iterations: int = 3
-    """Turns at most; the best is kept."""
+    """Largest number of iterations; the best of them is kept."""
     tolerance: float = 1e-3
-    """Stop when a turn lowers the squared error by less than this share."""
+    """Stop when an iteration lowers the squared error by less than this share."""
     factors: FactorType = "auto"
-    """Type of the low-rank part, as the budget counts it: "auto" is float32 (or the layer's), for training;
-    "bfloat16" halves it. Recipes train it in float32 all the same; in your own loop, see
-    cast_adapters."""
+    """Dtype of the low-rank part, which counts in the budget: "auto" is float32 (float64 for layers in
+    float64), for training; "bfloat16" halves its size. Recipes train it in float32 in either case; for your
+    own loop, see cast_adapters."""
     ranks: tuple[int, ...] = ()
-    """Ranks that the budget may choose from, in place of one rank."""
+    """Ranks to choose from under a budget, instead of one rank."""
 
     def __post_init__(self) -> None:
         QuantizeOptions.__post_init__(self)
@@ -78,11 +78,13 @@ class LQLoRA(QuantizeOptions, LoRAOptions):
         if self.iterations < 1:
             raise ConfigError(f"iterations must be at least 1, but is {self.iterations}.")
         if self.dora:
-            raise ConfigError("DoRA starts from the weight, of which a part would lie in it: leave dora out.")
+            raise ConfigError(
+                "DoRA starts from the weight, but part of the weight is in this LoRA itself: leave dora out."
+            )
         if self.ranks and (self.budget is None or self.rank_pattern):
             raise ConfigError("ranks are chosen under a budget: set budget, and leave rank_pattern out.")
         if any(rank < 1 for rank in self.ranks):
-            raise ConfigError(f"Ranks are at least 1, but among them are {sorted(self.ranks)[:1]}.")
+            raise ConfigError(f"ranks must be at least 1, but one of them is {min(self.ranks)}.")
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ class Split:
     """``W ≈ Q + B A``.
 
     Attributes:
-        packed: the quantised part, as it is stored.
+        packed: the stored tensors of the quantised part.
         factors: the low-rank part.
-        errors: squared weighted error after each turn.
+        errors: squared weighted error after each iteration.
     """
 
     packed: Tensors
@@ -102,7 +104,7 @@ class Split:
 
 @register_method
 class LQLoRAMethod(QuantizerMethod):
-    """Quantise and correct, by turns."""
+    """Alternate quantisation and low-rank correction."""
 
     name = "lq_lora"
     trains = True
@@ -110,7 +112,7 @@ class LQLoRAMethod(QuantizerMethod):
     config: LQLoRA
 
     def check(self, site: Site) -> None:
-        """Refuse what cannot be quantised, and factors, which NF and LoRA take."""
+        """Refuse layers that cannot be quantised, and factored layers, which NF and LoRA can handle."""
         super().check(site)
         if isinstance(site.modules[0], LowRank):
             raise TargetError(
@@ -122,7 +124,7 @@ class LQLoRAMethod(QuantizerMethod):
             self._rank(site)
 
     def ranks(self, site: Site) -> tuple[int, ...]:
-        """Return the ranks to choose from: the one of the config, or those that fit the layer."""
+        """Return the ranks to choose from: ``ranks``, each at most the layer's largest, or the one rank."""
         if self.config.ranks:
             most = layer_of(site.modules[0]).max_rank
             return tuple(sorted({min(rank, most) for rank in self.config.ranks}))
@@ -147,7 +149,7 @@ class LQLoRAMethod(QuantizerMethod):
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any]:
-        """Split the weight into both parts, and report how the error fell."""
+        """Split the weight into both parts, and report the error after each iteration."""
         (name,), (stock,) = site.names, site.modules
         host, moments = cast(Adapted, new[name]), statistics.get(name)
         base, delta = cast(Quantized, host.base), cast(LoRADelta, next(iter(host.deltas.values())))
@@ -163,7 +165,7 @@ class LQLoRAMethod(QuantizerMethod):
             tolerance=self.config.tolerance,
             paper=self.config.mode == "paper",
         )
-        base.take(stock)
+        base.copy_unquantized(stock)
         base.store(parts.packed)
         root = delta.node.scale**0.5
         with torch.no_grad():
@@ -184,17 +186,17 @@ def split(
     tolerance: float = 1e-3,
     paper: bool = False,
 ) -> Split:
-    """Return the best split of a matrix over all turns.
+    """Return the best split of a matrix among all iterations.
 
     Args:
         W: ``(out, in)``, float32.
         scheme: how Q is stored.
-        metric: what errors count by.
-        rank: of the low-rank part.
-        feedback: makes up for rounding errors.
-        iterations: turns at most.
-        tolerance: stop when a turn lowers the error by less than this share.
-        paper: end a turn with rounding, and not with the low-rank part.
+        metric: weighs the errors.
+        rank: the rank of the low-rank part.
+        feedback: compensates rounding errors; None rounds to nearest.
+        iterations: largest number of iterations.
+        tolerance: stop when an iteration lowers the error by less than this share.
+        paper: end an iteration with rounding instead of the low-rank part.
     """
     storage, errors = storage_of(scheme), list[float]()
     factors, _ = metric.leading(W, rank)

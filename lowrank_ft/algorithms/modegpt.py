@@ -1,18 +1,20 @@
-"""MoDeGPT: modules lose inner width instead of single layers losing rank (Lin et al. 2024, arXiv 2408.09632).
+"""MoDeGPT: reduce the inner width of modules, not the rank of layers (Lin et al. 2024, arXiv 2408.09632).
 
-A transformer block has three pairs of matrices with an inner width between them, and each pair has the
-decomposition that fits what lies between:
+A transformer block has three pairs of matrices with an inner width between them. Each pair has its own
+decomposition, which suits the function between the two:
 
-* **MLP** (Nyström). Keep channels J of the hidden layer, and refit the down projection:
+* **MLP** (Nyström). Keep the channels J of the hidden layer, and refit the down projection:
   ``W_down C[:,J] C[J,J]⁻¹``, C the second moment of its input.
 * **Q–K** (CR). Keep the same rows of ``W_Q`` and ``W_K`` in a head; with rotary embedding, pairs of rows that
-  turn together.
-* **V–O** (SVD). Give values a basis in which the last dimensions of a head matter least, and drop them.
+  are rotated together.
+* **V–O** (SVD). Change the basis of the values so that the last dimensions of a head matter least, and drop
+  these.
 
-The paper's recipe chooses channels by ridge leverage scores and shares the budget between blocks by an
-entropy rule on their influence. Ours predicts what every width of every module costs the loss
-(``½ ‖G^½ ΔW C^½‖²``, G the second moment of the gradient at the module's output), lets factoring the layers
-one by one (LoRD) compete in the same currency, and spends the budget where it costs least.
+The paper's recipe chooses channels by ridge leverage scores and divides the budget among blocks by an entropy
+rule on their influence. Ours predicts how much every width of every module raises the loss
+(``½ ‖G^½ ΔW C^½‖²``, G the second moment of the gradient at the module's output). Factoring the layers
+individually (LoRD) is an alternative, predicted in the same unit. The budget is spent where it raises the
+loss least.
 """
 
 from __future__ import annotations
@@ -59,22 +61,22 @@ from lowrank_ft.structure.registry import register_method
 
 @dataclass(frozen=True)
 class MoDeGPT(CompressorConfig):
-    """MoDeGPT: MLPs lose channels, attention heads lose dimensions, each by its own decomposition."""
+    """MoDeGPT: remove channels of MLPs and dimensions of attention heads, each by its own decomposition."""
 
     recipe: Literal["loss", "paper"] = "loss"
-    """Spend the budget by predicted loss (one backward pass), or as published: leverage scores, outputs of
-    each module kept, and the entropy rule between blocks (no gradients)."""
+    """"loss": spend the budget by predicted loss (needs a backward pass). "paper": choose channels by
+    leverage scores, preserve each module's output, and share the budget by an entropy rule (no gradients)."""
     selection: Literal["loss", "leverage", "pivoted"] | None = None
     """How an MLP's channels are chosen: by backward elimination under the loss, by ridge leverage scores (the
-    paper), or by pivoted Cholesky. By default as the recipe has it."""
+    paper), or by pivoted Cholesky. By default "loss" or "leverage", by the recipe."""
     allocation: Literal["loss", "entropy", "uniform"] | None = None
     """How modules share the budget: by predicted loss, by the paper's entropy rule on the blocks' influence,
-    or the same width in every block (which stock checkpoints can hold). By default as the recipe has it."""
+    or with the same width in every block (which stock checkpoints can hold). By default "loss" or "entropy",
+    by the recipe."""
     low_rank: bool = True
-    """Let the layers of a module be factored one by one instead, where that costs the loss less (with
-    allocation by loss)."""
+    """With allocation by loss: factor the layers of a module individually where that raises the loss less."""
     epsilon: float = 0.1
-    """Temperature of the paper's entropy rule; inf gives every block the same share."""
+    """Temperature of the paper's entropy rule; inf removes the same share of every block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +103,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
     spending = frozenset({"ratio", "ratio_of", "epsilon"})
 
     def needs(self) -> frozenset[Need]:
-        """Inputs; for the loss, gradients too."""
+        """Inputs, and for the loss gradients."""
         by_loss = self.config.recipe == "loss"
         return frozenset({Need.INPUT, Need.OUTPUT_GRADIENT} if by_loss else {Need.INPUT})
 
@@ -109,7 +111,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         """Group the targeted layers by module; other layers are sites of their own.
 
         Raises:
-            TargetError: no layout for the model's family; a module of which only a part is targeted.
+            TargetError: no layout for the model's family; a module of which only some layers are targeted.
         """
         layout = layouts.layout_of(model)
         modules = stock_modules(model)
@@ -148,7 +150,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
                 )
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return the options of a site: unchanged, resized, or its layers factored one by one."""
+        """Return the options of a site: unchanged, resized, or with its layers factored individually."""
         config, dense = self.config, size_of(site)
         options, handle = [Option(None, dense, 0.0)], dict[str, Tensor]()
         if site.role in GROUPS:
@@ -184,7 +186,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         return [Share.of(chosen[site.name], predicts=by_loss) for site in sites]
 
     def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
-        """Return resized layers, or factors for layers one by one."""
+        """Return resized layers, or factors for individual layers."""
         if share.rank is None:
             layers = {name: layer_of(module) for name, module in site.layers.items()}
             return {
@@ -196,7 +198,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
     def values(
         self, site: Site, new: Mapping[str, Any], statistics: Statistics, handle: Handle | None = None
     ) -> Mapping[str, Any]:
-        """Fill the modules of :meth:`structure`, and return their errors; those of factors by layer."""
+        """Fill the modules of :meth:`structure`, and return their errors; for factored layers, by layer."""
         if not any(isinstance(module, LowRank) for module in new.values()):
             return GROUPS[site.role](site).fill(new, statistics, self.config, handle)
         facts = {}
@@ -212,7 +214,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         return facts
 
     def _factored(self, site: Site, statistics: Statistics) -> dict[str, list[Option]]:
-        """The options of each layer as LoRD by loss has them."""
+        """The options of each layer under LoRD with objective="loss"."""
         options = {}
         for name, module in site.layers.items():
             layer = layer_of(module)
@@ -230,7 +232,7 @@ class MoDeGPTMethod(Method[MoDeGPT]):
         dense: Mapping[str, int],
         budget: int,
     ) -> dict[str, Option]:
-        """Share the budget by the blocks' influence; what cannot be resized stays as it is."""
+        """Share the budget by the blocks' influence; sites that cannot be resized stay unchanged."""
         fixed = {key: choices[0] for key, choices in options.items() if len(choices) == 1}
         movable = {key: choices for key, choices in options.items() if key not in fixed}
         left = budget - sum(option.size for option in fixed.values())
@@ -254,12 +256,12 @@ class MoDeGPTMethod(Method[MoDeGPT]):
 
 
 def size_of(site: Site) -> int:
-    """Return how many parameters the layers of a site have."""
+    """Return how many parameters the dense layers of a site have."""
     return sum(layer_of(module).size for module in site.layers.values())
 
 
 def _influence(site: Site, statistics: Statistics) -> float | None:
-    """The influence of the block that a site lies in; None for what no budget goes to by it."""
+    """The influence of the block that contains a site; None for layers outside the resized groups."""
     return statistics[site.name].influence if site.role in GROUPS else None
 
 
@@ -267,7 +269,7 @@ def _influence_of(name: str, options: Options) -> float:
     influence = options[name][0].handle.get("influence")
     if influence is None:
         raise ConfigError(
-            f"The entropy rule goes by the blocks' influence, and the block of {name} has no influence: it "
-            f"is in no chain, or changes its input's shape. Share the budget by allocation='uniform'."
+            f"The entropy rule needs the blocks' influence, and the block of {name} has no influence: it is "
+            f"in no chain of blocks, or changes its input's shape. Use allocation='uniform' instead."
         )
     return float(influence)

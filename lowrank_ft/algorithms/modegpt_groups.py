@@ -1,4 +1,4 @@
-"""The groups of layers that MoDeGPT resizes: the options of each, and how its new layers are filled."""
+"""The groups of layers that MoDeGPT resizes: the options of each, and the filling of its new layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Cutting(Protocol):
 
     @property
     def recipe(self) -> Literal["loss", "paper"]:
-        """What errors count by."""
+        """How errors are weighed."""
 
     @property
     def selection(self) -> Literal["loss", "leverage", "pivoted"] | None:
@@ -56,7 +56,7 @@ MLP, QK, VO, ATTENTION = "mlp", "q-k", "v-o", "attention"
 def groups_of(
     layout: Layout, name: str, modules: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the groups that a layer is in, each with the names of all its members that the model has.
+    """Yield the groups that contain a layer: the role of each, and the names of its members in the model.
 
     The last name is that of the layer whose output leaves the group.
     """
@@ -81,19 +81,19 @@ _WHOLE: Ranks = {}
 
 
 class Group(ABC):
-    """A group of layers with an inner width: its options, and how its resized layers are filled."""
+    """A group of layers with an inner width: its options, and the filling of its resized layers."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.names = list(site.layers)
         self.layers = [layer_of(module) for module in site.layers.values()]
-        self.place: dict[str, Any] = {"device": self.layers[0].weight.device}
+        self.device = self.layers[0].weight.device
 
     def moments_of(self, statistics: Statistics, name: str) -> SiteStatistics:
         """Return the statistics of a layer, on the layer's device."""
         moments = statistics[name]
         tensors = {what: getattr(moments, what) for what in ("C", "mean", "G", "WtGW", "G_q", "G_k")}
-        return replace(moments, **{k: t.to(**self.place) for k, t in tensors.items() if t is not None})
+        return replace(moments, **{k: t.to(self.device) for k, t in tensors.items() if t is not None})
 
     @abstractmethod
     def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
@@ -101,14 +101,14 @@ class Group(ABC):
 
         Args:
             rank: the width that remains.
-            ranks: how it divides, for a group with several widths.
+            ranks: the parts of ``rank`` by width, for a group with several widths.
         """
 
     @abstractmethod
     def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
         """Return every aligned width below the present one, with its predicted loss.
 
-        All options share one handle, with the tensors that :meth:`fill` needs again.
+        All options share one handle: the tensors that :meth:`fill` would otherwise compute again.
         """
 
     @abstractmethod
@@ -119,18 +119,18 @@ class Group(ABC):
         config: Cutting,
         handle: Handle | None = None,
     ) -> dict[str, Any]:
-        """Fill the modules that :meth:`structure` led to, and report what they leave.
+        """Fill the modules that were built from :meth:`structure`, and report their errors.
 
         Args:
             new: the modules, by name.
             statistics: the layers' moments.
             config: the method's options.
-            handle: what :meth:`options` worked out on the same statistics; None to work it out again.
+            handle: the handle of the options for the same statistics; None to compute its tensors again.
         """
 
 
 def _size(nodes: Mapping[str, Node]) -> int:
-    """Parameters of resized layers."""
+    """The number of parameters of resized layers."""
     sizes = [n for n in nodes.values() if isinstance(n, ResizedNode)]
     return sum(n.out_features * n.in_features + n.bias * n.out_features for n in sizes)
 
@@ -149,23 +149,24 @@ def _matrix(layer: Layer) -> Tensor:
     return layer.matrix().detach().double()
 
 
-def _pulled(layer: Layer, moments: SiteStatistics, config: Cutting) -> Tensor:
-    """``Wᵀ G W``, G with its ridge; G is the identity in the paper's recipe."""
+def _weighted_gram(layer: Layer, moments: SiteStatistics, config: Cutting) -> Tensor:
+    """``Wᵀ G W``, with a ridge on G; in the paper's recipe G is the identity."""
     if config.recipe == "paper":
         return solve.gram_under(_matrix(layer))
     return solve.gram_under(_matrix(layer), moments.G, moments.WtGW, solve.GRADIENT_RIDGE)
 
 
 def _moment(moments: SiteStatistics, centered: bool) -> Tensor:
+    """The second moment of a layer's input, or its covariance."""
     return moments.C - torch.outer(moments.mean, moments.mean) if centered else moments.C
 
 
 class Mlp(Group):
-    """Channels between up (and gate) and down. Order of layers: gate (if any), up, down."""
+    """The channels of an MLP. Order of layers: gate (if any), up, down."""
 
     @property
     def down(self) -> Layer:
-        """The layer out of the MLP."""
+        """The down projection, whose output leaves the MLP."""
         return self.layers[-1]
 
     def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
@@ -176,7 +177,7 @@ class Mlp(Group):
         return {**into, self.names[-1]: _resized(self.down, columns=rank)}
 
     def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
-        width, handle = self.down.in_features, self._ordered(statistics, config)
+        width, handle = self.down.in_features, self._order(statistics, config)
         errors, step = handle["errors"], min(config.align, width)
         return [
             Option(k, _size(self.structure(k)), 0.5 * float(errors[k]), handle=handle)
@@ -190,8 +191,8 @@ class Mlp(Group):
         config: Cutting,
         handle: Handle | None = None,
     ) -> dict[str, Any]:
-        handle = handle or self._ordered(statistics, config)
-        order, error = (handle[key].to(**self.place) for key in ("order", "errors"))
+        handle = handle or self._order(statistics, config)
+        order, error = (handle[key].to(self.device) for key in ("order", "errors"))
         C, down = self._channels(statistics, config), cast(Resized, new[self.names[-1]])
         kept = order[: down.in_features].sort().values
         weight = _matrix(self.down)
@@ -210,7 +211,8 @@ class Mlp(Group):
         return {
             "relative error": math.sqrt(float(error[len(kept)]) / total) if total else 0.0,
             "output error": lord.output_error(weight, weight.index_add(1, kept, -refitted), C),
-            "spectrum": lord.thinned(-error.diff() / total) if total else [],  # what each channel adds
+            # The share of the error that each channel removes.
+            "spectrum": lord.thinned(-error.diff() / total) if total else [],
             "tokens": statistics[self.names[-1]].tokens,
             "ridge": root.ridge,
             "condition": root.condition,
@@ -224,10 +226,10 @@ class Mlp(Group):
         """The channels' second moment."""
         return _moment(self.moments_of(statistics, self.names[-1]), self._centered(config))
 
-    def _ordered(self, statistics: Statistics, config: Cutting) -> dict[str, Tensor]:
-        """The channels' ``order``, the dearest first, and the ``errors`` of keeping 0, 1, … of them."""
+    def _order(self, statistics: Statistics, config: Cutting) -> dict[str, Tensor]:
+        """The channels' ``order``, most important first, and the ``errors`` of keeping 0, 1, … of them."""
         C = self._channels(statistics, config)
-        K = _pulled(self.down, self.moments_of(statistics, self.names[-1]), config)
+        K = _weighted_gram(self.down, self.moments_of(statistics, self.names[-1]), config)
         selection = config.selection or {"loss": "loss", "paper": "leverage"}[config.recipe]
         if selection == "leverage":
             order = solve.leverage_scores(C).argsort(descending=True, stable=True)
@@ -239,7 +241,7 @@ class Mlp(Group):
 
 
 class Heads(Group):
-    """What Q–K and V–O share: the geometry of the heads."""
+    """Base of Q–K and V–O: the geometry of the attention heads."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -260,15 +262,15 @@ def _attention(module: nn.Module) -> layouts.Attention:
 
 
 def _inside(attention: layouts.Attention, part: str) -> str:
-    """The name of a projection in the module that attends; empty where it stands outside."""
+    """The name of a projection inside the attention module; empty if the projection is outside it."""
     name = part.removeprefix(f"{attention.name}.")
     return "" if name == part else name
 
 
 class QueryKey(Heads):
-    """Dimensions of queries and keys, the same in a key head and in the query heads that read it.
+    """Dimensions of queries and keys: a key head and the query heads that use it lose the same ones.
 
-    They go by units: pairs of rows ``(j, j + h/2)`` where positions turn them together, else single rows.
+    They are removed in units: with rotary embedding, pairs of rows ``(j, j + h/2)``, otherwise single rows.
     """
 
     def __init__(self, site: Site) -> None:
@@ -286,14 +288,14 @@ class QueryKey(Heads):
 
     def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
         if config.recipe == "loss" and any(statistics[name].G is None for name in self.names):
-            return []  # more outputs than inputs: the gradient's moments by row were not kept
+            return []  # G was not kept, since the layer has more outputs than inputs
         order, H = self._order(statistics, config)
         step = max(self.unit, min(config.align, self.width) // self.unit * self.unit)
-        heads = torch.arange(self.key_heads, **self.place)[:, None]
+        heads = torch.arange(self.key_heads, device=self.device)[:, None]
         options = []
         for rank in range(step, self.width, step):
-            out = (heads * self.units + order[:, rank // self.unit :]).flatten()
-            loss = 0.5 * float(H[out][:, out].sum())
+            removed = (heads * self.units + order[:, rank // self.unit :]).flatten()
+            loss = 0.5 * float(H[removed][:, removed].sum())
             options.append(Option(rank, _size(self.structure(rank)), max(loss, 0.0), handle={"order": order}))
         return options
 
@@ -304,23 +306,23 @@ class QueryKey(Heads):
         config: Cutting,
         handle: Handle | None = None,
     ) -> dict[str, Any]:
-        order = handle["order"].to(**self.place) if handle else self._order(statistics, config)[0]
+        order = handle["order"].to(self.device) if handle else self._order(statistics, config)[0]
         rank = new[self.names[1]].out_features // self.key_heads
         units = order[:, : rank // self.unit].sort(1).values
         dims = torch.cat([units + part * self.units for part in range(self.unit)], 1)  # (key heads, rank)
         for name, layer, copies in ((self.names[0], self.q, self.group), (self.names[1], self.k, 1)):
             of_head = dims.repeat_interleave(copies, 0)
-            rows = (torch.arange(len(of_head), **self.place)[:, None] * self.width + of_head).flatten()
+            rows = (torch.arange(len(of_head), device=self.device)[:, None] * self.width + of_head).flatten()
             bias = None if layer.bias is None else layer.bias[rows]
             new[name].fill(layer.matrix()[rows], bias, rows=rows)
         return {"tokens": statistics[self.names[0]].tokens}
 
     def _order(self, statistics: Statistics, config: Cutting) -> tuple[Tensor, Tensor]:
-        """The units of each key head, the dearest first, ``(key heads, units)``; and what they cost.
+        """The units of each key head, most important first, ``(key heads, units)``; and H, their costs.
 
-        The cost of leaving units R out is ``½ Σ H[R,R]``. A dimension that q lacks is as good as one that k
-        lacks, so both sides' gradients predict it: H is the mean of ``G_q ∘ C_q`` and ``G_k ∘ C_k``, summed
-        over the rows of each unit.
+        Removing the units R costs ``½ Σ H[R,R]``. Removing a dimension of the queries has the same effect as
+        removing it from the keys, so the gradients of both predict the cost: H is the mean of ``G_q ∘ C_q``
+        and ``G_k ∘ C_k``, summed over the rows of each unit.
         """
         q, k = (self._moment(n, layer, statistics) for n, layer in zip(self.names, self.layers, strict=True))
         if config.recipe == "paper":
@@ -332,8 +334,8 @@ class QueryKey(Heads):
         H = 0.5 * (self._by_unit(G_q * q) + self._by_unit(G_k * k))
         orders = []
         for head in range(self.key_heads):
-            mine = slice(head * self.units, (head + 1) * self.units)
-            orders.append(_cheapest_first(H[mine, mine]).flip(0))
+            in_head = slice(head * self.units, (head + 1) * self.units)
+            orders.append(_cheapest_first(H[in_head, in_head]).flip(0))
         return torch.stack(orders), H
 
     def _moment(self, name: str, layer: Layer, statistics: Statistics) -> Tensor:
@@ -352,7 +354,7 @@ class QueryKey(Heads):
 
     def _by_unit(self, matrix: Tensor) -> Tensor:
         """Sum the rows and columns of each unit, over the query heads of a key head."""
-        rows = torch.arange(len(matrix), **self.place)
+        rows = torch.arange(len(matrix), device=self.device)
         heads = rows // (len(matrix) // self.key_heads)
         S = matrix.new_zeros(len(matrix), self.key_heads * self.units)
         S[rows, heads * self.units + rows % self.units] = 1.0
@@ -360,7 +362,7 @@ class QueryKey(Heads):
 
 
 def _cheapest_first(H: Tensor) -> Tensor:
-    """Return indices in the order in which leaving them out, one more each time, costs ``Σ H[R,R]`` least."""
+    """Return indices in the order of greedy removal: each next one raises ``Σ H[R,R]`` least."""
     cost, order = H.diagonal().clone(), []
     for _ in range(len(H)):
         pick = int(cost.argmin())
@@ -371,7 +373,7 @@ def _cheapest_first(H: Tensor) -> Tensor:
 
 
 class ValueOutput(Heads):
-    """Dimensions of values. Each key head's values get a basis of their own, of which the first ones stay."""
+    """Dimensions of values. The values of each key head get a new basis, and keep its first dimensions."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -381,13 +383,14 @@ class ValueOutput(Heads):
         self.group = self.heads // self.key_heads
 
     def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
-        bias = self.v.bias is not None or self.o.bias is not None  # softmax rows add up to one
+        # Attention weights add up to one, so V's bias can move into O's.
+        bias = self.v.bias is not None or self.o.bias is not None
         v = _resized(self.v, rows=self.key_heads * rank, bias=False)
         o = _resized(self.o, columns=self.heads * rank, bias=bias)
         return self._with_attention({self.names[0]: v, self.names[1]: o})
 
     def options(self, statistics: Statistics, config: Cutting) -> list[Option]:
-        handle = self._worked_out(statistics, config)
+        handle = self._bases_and_errors(statistics, config)
         errors, step = handle["errors"], min(config.align, self.width)
         return [
             Option(rank, _size(self.structure(rank)), 0.5 * float(errors[rank]), handle=handle)
@@ -402,16 +405,16 @@ class ValueOutput(Heads):
         handle: Handle | None = None,
     ) -> dict[str, Any]:
         rank = new[self.names[0]].out_features // self.key_heads
-        handle = handle or self._worked_out(statistics, config)
+        handle = handle or self._bases_and_errors(statistics, config)
         errors = handle["errors"]
         T, back = self._on_diagonal(handle)
         moments = self.moments_of(statistics, self.names[1])
         W, C = _matrix(self.o) @ back, T @ self._output_moment(moments) @ T.T
-        first = torch.arange(self.width, **self.place) < rank
+        first = torch.arange(self.width, device=self.device) < rank
         rows, columns = (first.repeat(heads).nonzero().flatten() for heads in (self.key_heads, self.heads))
         # T repeats each key head's basis for every query head of its group.
-        own = _diagonal_blocks(T, self.heads)[:: self.group, :rank]
-        new[self.names[0]].fill(_block_diagonal(own) @ _matrix(self.v), rows=rows)
+        by_key_head = _diagonal_blocks(T, self.heads)[:: self.group, :rank]
+        new[self.names[0]].fill(_block_diagonal(by_key_head) @ _matrix(self.v), rows=rows)
         out = solve.nystrom_refit(W, C, columns)[0] if config.recipe == "loss" else W[:, columns]
         bias = self._output_bias(_matrix(self.o), out @ T[columns], moments, config)
         new[self.names[1]].fill(out, bias, columns=columns)
@@ -424,10 +427,10 @@ class ValueOutput(Heads):
     def _output_bias(
         self, weight: Tensor, kept: Tensor, moments: SiteStatistics, config: Cutting
     ) -> Tensor | None:
-        """O's bias: its own, V's carried through (softmax rows add up to one), and the mean error.
+        """O's new bias: its own bias, V's bias multiplied by W, and the mean error.
 
-        With ``z`` the attention's output and ``b`` V's bias in it, ``y = W z`` becomes ``W' P (z − b)``; the
-        paper's ``b_O + W b`` is exact where nothing is left out.
+        Attention weights add up to one, so V's bias ``b`` is added to the attention's output ``z`` unchanged.
+        ``y = W z`` becomes ``W' P (z − b)``; the paper's ``b_O + W b`` is exact if no dimension is removed.
         """
         if self.v.bias is None and self.o.bias is None:
             return None
@@ -448,16 +451,16 @@ class ValueOutput(Heads):
     def _bases(self, statistics: Statistics, config: Cutting) -> tuple[Tensor, Tensor]:
         """For each key head T and T⁻¹, ``(key heads, h, h)``: T's first rows are the dimensions to keep.
 
-        With N the second moment of the head's values, ``N = L Lᵀ``, and K what the output projections of its
-        query heads do with them, T is ``Aᵀ L⁻¹`` for A the eigenvectors of ``Lᵀ K L``: the joint optimum over
-        the group for one N. The paper takes N from the projection (no bias), we from what attention gives.
+        With ``N = L Lᵀ`` the second moment of the head's values, and K the sum of ``W_Oᵀ G W_O`` over its
+        query heads, T is ``Aᵀ L⁻¹`` for A the eigenvectors of ``Lᵀ K L``: the joint optimum over the group
+        for one N. The paper takes N from V's outputs without bias, we from the attention's outputs.
         """
         moments = self.moments_of(statistics, self.names[1])
-        across = _diagonal_blocks(_pulled(self.o, moments, config), self.heads)
-        K = across.view(self.key_heads, self.group, self.width, self.width).sum(1)
+        by_head = _diagonal_blocks(_weighted_gram(self.o, moments, config), self.heads)
+        K = by_head.view(self.key_heads, self.group, self.width, self.width).sum(1)
         if config.recipe == "loss":
-            own = _diagonal_blocks(self._output_moment(moments), self.heads)
-            N = own.view(self.key_heads, self.group, self.width, self.width).mean(1)
+            by_head = _diagonal_blocks(self._output_moment(moments), self.heads)
+            N = by_head.view(self.key_heads, self.group, self.width, self.width).mean(1)
         else:
             V = _matrix(self.v).view(self.key_heads, self.width, -1)
             N = V @ self.moments_of(statistics, self.names[0]).C @ V.mT
@@ -471,29 +474,29 @@ class ValueOutput(Heads):
             backward.append(root.lower @ A)
         return torch.stack(forward), torch.stack(backward)
 
-    def _worked_out(self, statistics: Statistics, config: Cutting) -> dict[str, Tensor]:
-        """Each key head's bases, ``forward`` and ``backward``, and the weighted ``errors`` of every width.
+    def _bases_and_errors(self, statistics: Statistics, config: Cutting) -> dict[str, Tensor]:
+        """The bases T (``forward``) and T⁻¹ (``backward``), and the weighted ``errors`` of every width.
 
-        Errors are ``(h + 1,)``: those of keeping 0, 1, … dimensions of each head.
+        Errors are ``(h + 1,)``, for 0, 1, … dimensions in each head.
         """
         forward, backward = self._bases(statistics, config)
         bases = {"forward": forward, "backward": backward}
         T, back = self._on_diagonal(bases)
         moments = self.moments_of(statistics, self.names[1])
-        C, K = T @ self._output_moment(moments) @ T.T, back.T @ _pulled(self.o, moments, config) @ back
-        by_rank = torch.arange(len(C), **self.place).view(self.heads, self.width).T.flatten()
+        C, K = T @ self._output_moment(moments) @ T.T, back.T @ _weighted_gram(self.o, moments, config) @ back
+        by_rank = torch.arange(len(C), device=self.device).view(self.heads, self.width).T.flatten()
         return {**bases, "errors": solve.nystrom_errors(C, K, by_rank)[:: self.heads]}
 
     def _on_diagonal(self, bases: Handle) -> tuple[Tensor, Tensor]:
-        """All query heads' bases and their inverses, each on one diagonal."""
-        forward, backward = (bases[way].to(**self.place) for way in ("forward", "backward"))
+        """All query heads' bases, and their inverses, as two block-diagonal matrices."""
+        forward, backward = (bases[way].to(self.device) for way in ("forward", "backward"))
         return tuple(_block_diagonal(b.repeat_interleave(self.group, 0)) for b in (forward, backward))  # type: ignore[return-value]
 
 
 class FusedAttention(Group):
-    """Q–K and V–O together, where one matrix gives queries, keys and values; each has its own width.
+    """Q–K and V–O together, if one layer computes queries, keys and values. Each has its own width.
 
-    Both are done on the rows of that matrix as if they were layers, and put together again.
+    The layer is split into separate layers for queries, keys and values, whose results are concatenated.
     """
 
     def __init__(self, site: Site) -> None:
@@ -508,7 +511,7 @@ class FusedAttention(Group):
         self.width = self.qk.width
 
     def structure(self, rank: int, ranks: Ranks = _WHOLE) -> dict[str, Node]:
-        """Return the nodes for ``ranks[QK]`` and ``ranks[VO]``, of which ``rank`` is the sum."""
+        """Return the nodes for the widths ``ranks[QK]`` and ``ranks[VO]``; ``rank``, their sum, is unused."""
         nodes = self._nodes(ranks)
         sizes = tuple(cast(ResizedNode, nodes[part]).out_features for part in self.parts)
         parts = _attention(self.attention)
@@ -522,7 +525,7 @@ class FusedAttention(Group):
         return nodes_of_group
 
     def _nodes(self, ranks: Ranks) -> dict[str, Node]:
-        """The parts as layers of their own."""
+        """The nodes of queries, keys and values as separate layers, and of O if it is resized."""
         nodes: dict[str, Node] = {name: _resized(layer_of(part)) for name, part in self.parts.items()}
         if ranks[QK] < self.width:
             nodes |= self.qk.structure(ranks[QK])
@@ -534,11 +537,11 @@ class FusedAttention(Group):
         moments = self._moments_of_parts(statistics)
         qk, vo = self.qk.options(moments, config), self.vo.options(moments, config)
         if config.shares == "loss":
-            whole = [Option(None, sum(layer.size for layer in g.layers), 0.0) for g in (self.qk, self.vo)]
-            pairs = combined({QK: [whole[0], *qk], VO: [whole[1], *vo]})
+            uncut = [Option(None, sum(layer.size for layer in g.layers), 0.0) for g in (self.qk, self.vo)]
+            pairs = combined({QK: [uncut[0], *qk], VO: [uncut[1], *vo]})
             ranks = [{QK: self.width, VO: self.width, **pair.ranks} for pair in pairs]
             losses = [pair.loss for pair in pairs]
-        else:  # the two errors cannot be compared, so both get the same width
+        else:  # without gradients the two errors cannot be compared, so both get the same width
             widths = [a.rank for a in qk if a.rank in {b.rank for b in vo}]
             ranks = [{QK: cast(int, rank), VO: cast(int, rank)} for rank in widths]
             losses = [0.0] * len(ranks)
@@ -585,11 +588,11 @@ class FusedAttention(Group):
         return {**facts, "ranks": ranks}
 
     def _rows(self) -> tuple[Tensor, ...]:
-        """Which outputs of the one matrix are queries, keys and values."""
-        return torch.split(torch.arange(sum(self.split), **self.place), list(self.split))
+        """The indices of the layer's outputs that are queries, keys and values."""
+        return torch.split(torch.arange(sum(self.split), device=self.device), list(self.split))
 
     def _ranks(self, new: Mapping[str, Any]) -> dict[str, int]:
-        """The widths that the new modules have."""
+        """The widths of the new modules."""
         heads = self.o.in_features // self.width
         vo = new[self.names[1]].in_features // heads if self.names[1] in new else self.width
         key_heads = self.qk.key_heads
@@ -597,21 +600,21 @@ class FusedAttention(Group):
         return {QK: left // (heads + key_heads), VO: vo}
 
     def _moments_of_parts(self, statistics: Statistics) -> dict[str, SiteStatistics]:
-        """What is known of the parts, as of layers."""
+        """The statistics of queries, keys and values as separate layers, and of O."""
         both = statistics[self.names[0]]
         q, k = (replace(both, G=G, WtGW=None, G_q=None, G_k=None) for G in (both.G_q, both.G_k))
         return {"q": q, "k": k, "v": both, "o": statistics[self.names[1]]}
 
 
 def _within(handle: Handle | None, role: str) -> Handle | None:
-    """The part of a handle that belongs to one role."""
+    """The tensors of a handle that belong to one role, without the role in their names."""
     if not handle:
         return None
     return {key.removeprefix(f"{role}."): t for key, t in handle.items() if key.startswith(f"{role}.")}
 
 
 def _part(layer: Layer, rows: Tensor) -> nn.Module:
-    """Some outputs of a layer as a separate layer that shares its memory."""
+    """A separate layer with consecutive outputs of a layer, whose memory it shares."""
     first, count = int(rows[0]), len(rows)
     bias = None if layer.bias is None else layer.bias.detach().narrow(0, first, count)
     return stock_linear("linear", layer.matrix().detach().narrow(0, first, count), bias)

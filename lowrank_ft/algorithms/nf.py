@@ -1,9 +1,9 @@
-"""NF: store weights in few bits, the base that QLoRA adapts.
+"""NF: store weights in few bits, as in the base model that QLoRA adapts.
 
-Dettmers et al. 2023, arXiv 2305.14314: blocks of a normal-float codebook, each with a scale, and the scales
-quantised again. Here in 2, 3, 4 and 8 bits, really packed, with other codebooks beside it, and with bits and
-block size of each matrix chosen by an integer program under one budget (Guo et al. 2024, arXiv 2311.12023,
-section 3.2) where one is given. Factors that a decomposition left are stored one by one.
+Dettmers et al. 2023, arXiv 2305.14314: blocks of weights are rounded to a normal-float codebook, each block
+with a scale, and the scales are quantised again. This implementation packs 2, 3, 4 and 8 bits, and has other
+codebooks as well. With a budget, an integer program chooses bits and block size of each matrix (Guo et al.
+2024, arXiv 2311.12023, section 3.2). The two factors of a decomposed layer are quantised separately.
 """
 
 from __future__ import annotations
@@ -45,31 +45,32 @@ class QuantizeOptions:
     """How weights are stored, and how a budget is spent on them."""
 
     bits: int = 4
-    """Bits of a code, without a budget: 2, 3, 4 or 8."""
+    """Bits of a code if there is no budget: 2, 3, 4 or 8."""
     codebook: CodebookName = "nf"
     """Levels: "nf" (normal float), "signed" (scaled by the signed largest entry; better), "fitted" (to each
-    matrix), "fp4", or "int8" (one scale a row)."""
+    matrix), "fp4", or "int8" (one scale for each row)."""
     block: int = 64
     """Weights that share a scale."""
     scale_bits: int = 8
-    """Bits of a scale: 2, 3, 4 or 8, its own scale shared; 32 for one float32 each."""
+    """Bits of a scale: 2, 3, 4 or 8 (scales are quantised in blocks too), or 32 (scales are float32)."""
     scale_block: int = 256
-    """Scales that share a scale."""
+    """Scales in a block, which share a scale of their own."""
     scale_dtype: ScaleType = "float32"
     """Type of the scales' scales."""
     library: Library = "torch"
-    """Who packs: "torch" (this package), or "bitsandbytes" (nf and fp4 in 4 bits, int8)."""
+    """Packing format: "torch" (this package's), or "bitsandbytes" (nf and fp4 in 4 bits, int8)."""
     rounding: Rounding = "nearest"
-    """"nearest", or "feedback": make up for rounding errors in columns still to be rounded, on calibration
-    data (GPTQ)."""
+    """"nearest", or "feedback": compensate each column's rounding errors in the columns still to be rounded,
+    on calibration data (GPTQ)."""
     objective: Weighing = "weight"
-    """What errors count by: "weight" (no data), "fisher" (row and column means of squared gradients),
-    "activation" (the layers' outputs on calibration data), or "loss" (those, by what they do to the loss)."""
+    """How errors are weighed: "weight" (all alike, no data), "fisher" (row and column means of squared
+    gradients), "activation" (error of the layers' outputs on calibration data), or "loss" (its effect on the
+    loss)."""
     budget: float | None = None
-    """What all weights may take: each matrix then gets its own bits and block. By default all have one."""
+    """Size of all weights: bits and block are then chosen for each matrix. Without it all have the same."""
     budget_of: BudgetUnit = "bits"
     """Unit of the budget: "bits" for each targeted weight; or megabytes of the whole model, in "memory" or on
-    "disk". Scales and factors count."""
+    "disk". Scales and factors are included."""
     solver: Literal["program", "lagrangian", "uniform"] = "program"
     """How the budget is spent: by an integer program (HiGHS), its Lagrangian relaxation, or evenly."""
     grid: GridName = "compact"
@@ -78,7 +79,7 @@ class QuantizeOptions:
     """The data that the method looks at."""
 
     def __post_init__(self) -> None:
-        self.scheme  # noqa: B018 (checks itself)
+        self.scheme  # noqa: B018 (a Scheme checks its values when it is made)
         if self.budget is not None and not self.budget > 0:
             raise ConfigError(f"The budget must be positive, but is {self.budget}.")
         if self.budget is not None and self.library != "torch":
@@ -90,7 +91,7 @@ class QuantizeOptions:
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme of every matrix without a budget."""
+        """The scheme of every matrix if there is no budget."""
         return Scheme(
             self.codebook,
             self.bits,
@@ -102,20 +103,20 @@ class QuantizeOptions:
         )
 
     def needs(self) -> frozenset[Need]:
-        """Return the statistics that these options look at."""
+        """Return the statistics that these options need."""
         by_objective = {
             "weight": set(),
             "fisher": {Need.INPUT, Need.FISHER},
             "activation": {Need.INPUT},
             "loss": {Need.INPUT, Need.OUTPUT_GRADIENT, Need.WEIGHTED_INPUT},
         }
-        looks: set[Need] = by_objective[self.objective]
-        return frozenset(looks | ({Need.INPUT} if self.rounding == "feedback" else set()))
+        needs: set[Need] = by_objective[self.objective]
+        return frozenset(needs | ({Need.INPUT} if self.rounding == "feedback" else set()))
 
 
 @dataclass(frozen=True)
 class NF(QuantizeOptions, MethodConfig):
-    """NF: store linear layers in few bits, as they are."""
+    """NF: store linear layers in few bits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,18 +127,18 @@ class NF(QuantizeOptions, MethodConfig):
 
 
 class QuantizerMethod(Method[Any]):
-    """What quantising methods share: their needs, their checks, and the program."""
+    """Base of the quantising methods: their needs, their checks, and the spending of a budget."""
 
     family = Family.QUANTIZER
     spending = frozenset({"budget", "budget_of", "solver", "bits", "block", "rounding"})
     config: QuantizeOptions
 
     def needs(self) -> frozenset[Need]:
-        """What the options look at."""
+        """The statistics that the options need."""
         return self.config.needs()
 
     def check(self, site: Site) -> None:
-        """Refuse what is not a linear layer of floats."""
+        """Refuse layers that are not linear, or are quantised already."""
         (name,), (module,) = site.names, site.modules
         layer = layer_of(module, name)
         if isinstance(module, Quantized) or any(isinstance(m, Quantized) for m in module.modules()):
@@ -149,7 +150,7 @@ class QuantizerMethod(Method[Any]):
             )
 
     def ranks(self, site: Site) -> tuple[int, ...]:
-        """Return the ranks that a site's correction may have; none where it has no correction."""
+        """Return the possible ranks of a site's low-rank correction; none if it has no correction."""
         return ()
 
     def factor_bits(self, site: Site) -> int:
@@ -157,7 +158,7 @@ class QuantizerMethod(Method[Any]):
         return 0
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return a site's schemes and ranks, with predicted losses; nothing without a budget."""
+        """Return a site's schemes and ranks with predicted losses; no options if there is no budget."""
         if self.config.budget is None:
             return []
         schemes = program.grid(self.config.scheme, self.config.grid)
@@ -208,19 +209,19 @@ class QuantizerMethod(Method[Any]):
         left = int(self.config.budget * 1e6) - rest
         if left <= 0:
             raise ConfigError(
-                f"The budget of {self.config.budget} MB is below {rest / 1e6:.1f} MB, what the model takes "
-                f"beside the targeted weights: raise it, or target more layers."
+                f"The budget of {self.config.budget} MB is below the {rest / 1e6:.1f} MB that the model "
+                f"takes without the targeted weights: raise it, or target more layers."
             )
         return left
 
     def structure(self, site: Site, share: Share) -> Mapping[str, Node]:
-        """Return the stored layer, or the stored factors."""
+        """Return the quantised layer, or a factored layer with quantised factors."""
         assert share.scheme is not None
         module = site.modules[0]
         if isinstance(module, LowRank):
-            first, second = (_stored(m, share.scheme) for m in (module.first, module.second))
+            first, second = (_quantised(m, share.scheme) for m in (module.first, module.second))
             return {site.names[0]: LowRankNode(module.rank, module.bias is not None, first, second)}
-        return {site.names[0]: _stored(module, share.scheme)}
+        return {site.names[0]: _quantised(module, share.scheme)}
 
     def feedback(self, moments: SiteStatistics | None, device: torch.device) -> Feedback | None:
         """Return the error feedback for rounding, if the options ask for it."""
@@ -246,24 +247,24 @@ class NFMethod(QuantizerMethod):
         (name,), (module,) = site.names, site.modules
         moments = statistics.get(name)
         targets = [new[name].first, new[name].second] if isinstance(module, LowRank) else [new[name]]
-        for target, (stock, its) in zip(targets, leaves(module, moments), strict=True):
+        for target, (stock, leaf_moments) in zip(targets, leaves(module, moments), strict=True):
             layer = layer_of(stock)
-            target.take(stock)
-            target.fill(layer.matrix(), self.feedback(its, layer.weight.device))
+            target.copy_unquantized(stock)
+            target.fill(layer.matrix(), self.feedback(leaf_moments, layer.weight.device))
         return facts(site, layer_of(new[name]).matrix(), targets, moments)
 
 
 def metric_of(moments: SiteStatistics | None, objective: Weighing, device: torch.device) -> Metric:
-    """Return what weighs the errors of one layer under an objective.
+    """Return the metric that weighs the errors of one layer under an objective.
 
-    ``fisher``: ``diag(row means) ⊗ diag(column means)`` of the squared gradient, over its mean, so that
-    it sums to the Fisher matrix's diagonal and layers compare (LQ-LoRA, arXiv 2311.12023, section 3.3).
-    ``activation``: the second moment of the input. ``loss``: that, and the output gradient's on the left
-    (its diagonal, of layers with more outputs than inputs): the predicted rise of the loss in nats per
-    token.
+    ``fisher``: ``diag(row means) ⊗ diag(column means)`` of the squared gradient, divided by its mean, so that
+    its sum is that of the Fisher matrix's diagonal and layers can be compared (LQ-LoRA, arXiv 2311.12023,
+    section 3.3). ``activation``: the second moment of the input. ``loss``: the second moments of the input
+    and of the output's gradient (only the diagonal, for layers with more outputs than inputs), which give
+    the predicted rise of the loss in nats per token.
 
     Raises:
-        ConfigError: a layer that was not looked at.
+        ConfigError: a layer without the statistics that the objective needs.
     """
     if objective == "weight":
         return Metric()
@@ -285,10 +286,10 @@ def metric_of(moments: SiteStatistics | None, objective: Weighing, device: torch
 def leaves(
     module: nn.Module, moments: SiteStatistics | None
 ) -> list[tuple[nn.Module, SiteStatistics | None]]:
-    """Return the layers that hold a site's weights, with their statistics; of a factored layer both factors.
+    """Return the layers that hold a site's weights, with their statistics: both factors of a factored layer.
 
-    With ``W = B A``: the second factor sees ``A x``, of second moment ``A C Aᵀ``; the first factor's output
-    has the gradient ``Bᵀ g``, of second moment ``Bᵀ G B``. The Fisher matrix's means are not known there.
+    With ``W = B A``, the second factor's input ``A x`` has the second moment ``A C Aᵀ``, and the gradient at
+    the first factor's output, ``Bᵀ g``, has ``Bᵀ G B``. There is no such rule for the Fisher matrix's means.
     """
     if not isinstance(module, LowRank):
         return [(module, moments)]
@@ -296,7 +297,9 @@ def leaves(
         return [(module.first, None), (module.second, None)]
     B, A = (factor.detach().double() for factor in module.factors())
     if moments.fisher_rows is not None:
-        raise ConfigError("objective='fisher' knows nothing of factors: use 'activation' or 'loss'.")
+        raise ConfigError(
+            "objective='fisher' is not defined for factored layers: use 'activation' or 'loss'."
+        )
     G = moments.G
     if G is None and moments.G_diagonal is not None:
         G = torch.diag(moments.G_diagonal)
@@ -319,28 +322,28 @@ def leaves(
 def facts(
     site: Site, read: Tensor, stored: Sequence[Quantized], moments: SiteStatistics | None
 ) -> dict[str, Any]:
-    """Return what the report says of a stored site.
+    """Return the report's facts on a quantised site.
 
     Args:
-        site: the layer before.
-        read: the matrix that is read from storage now.
-        stored: its quantised layers.
-        moments: the layer's moments.
+        site: the original layer.
+        read: its matrix as it is read from storage.
+        stored: the quantised layers that store it.
+        moments: the original layer's moments.
     """
     weight = layer_of(site.modules[0]).matrix().double()
-    left = weight - read.double()
+    error = weight - read.double()
     report: dict[str, Any] = {
         "scheme": stored[0].scheme.label,
-        "relative error": float(left.norm() / weight.norm().clamp_min(1e-300)),
+        "relative error": float(error.norm() / weight.norm().clamp_min(1e-300)),
         "bits": 8 * sum(m.stored_bytes for m in stored) / sum(m.weights for m in stored),
     }
     if moments is not None:
         report["tokens"] = moments.tokens
-        report["output error"] = lord.output_error(weight, left, moments.C)
+        report["output error"] = lord.output_error(weight, error, moments.C)
     return report
 
 
-def _stored(module: nn.Module, scheme: Scheme) -> QuantizedNode:
+def _quantised(module: nn.Module, scheme: Scheme) -> QuantizedNode:
     base: Node = module.structure() if isinstance(module, Resized) else DenseNode()
     return QuantizedNode(scheme, base)
 
@@ -350,8 +353,8 @@ _TENSORS = ("codes", "levels", "scales", "supers", "offset", "weight", "parts.de
 
 def _headers(sites: Sequence[Site], counts: Counts) -> int:
     """An upper bound of the bytes of a safetensors file's header: names, types, shapes and offsets."""
-    places = 2 * len(str(counts.bytes))
+    offsets = 2 * len(str(counts.bytes))
     packed = sum(
-        len(name) + len(tensor) + 90 + places for site in sites for name in site.names for tensor in _TENSORS
+        len(name) + len(tensor) + 90 + offsets for site in sites for name in site.names for tensor in _TENSORS
     )
-    return packed + counts.tensors * (130 + places)
+    return packed + counts.tensors * (130 + offsets)

@@ -1,13 +1,14 @@
-"""Tucker compression: a convolution becomes 1×1, a smaller convolution, 1×1.
+"""Tucker compression: a convolution becomes a 1×1 convolution, a smaller one, and another 1×1.
 
-Kim et al. 2016, arXiv 1511.06530, section 3: ``W ≈ G ×_out U_out ×_in U_in``, the kernel's own axes left
-whole (Tucker-2). With ``objective="weight"`` the factors are those of the higher-order SVD of the weight,
-which needs no data. A 1×1 convolution is a matrix, and takes two factors.
+Kim et al. 2016, arXiv 1511.06530, section 3: ``W ≈ G ×_out U_out ×_in U_in``, without factors for the
+kernel's axes (Tucker-2). With ``objective="weight"`` the factors are those of the higher-order SVD of the
+weight, which needs no data. A 1×1 convolution is a matrix, and becomes two factors.
 
-Our default weighs errors by what they do to the loss, as LoRD does for linear layers. For ``U_in``, the
-kernels stacked at every offset are one tall matrix of channels, decomposed under the channels' second moment
-and the gradients'; then for ``U_out``, what is left is one matrix of patches, under theirs. Each step is the
-best of its rank. In that one currency the ranks of all layers compete for one budget.
+Our default weighs errors by their effect on the loss, as LoRD does for linear layers. For ``U_in``, the
+kernels at all offsets are stacked into one tall matrix on channels, decomposed under the second moments of
+channels and gradients. Then for ``U_out``, the remaining kernel is one matrix on patches, decomposed under
+their second moments. Each step is optimal for its rank. In this common unit the ranks of all layers compete
+for one budget.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class Tucker(CompressorConfig):
     """Tucker: replace each convolution by a chain of smaller ones that preserves its outputs on real data."""
 
     objective: Objective = "loss"
-    """What to keep: the model's loss (one backward pass), the layers' outputs, or the weights themselves
-    (higher-order SVD, no data)."""
+    """What to preserve: the model's loss (needs a backward pass), the layers' outputs, or the weights
+    (higher-order SVD, needs no data)."""
     energy: float | None = None
-    """Share of each layer's energy that each of its two ranks keeps, in place of `ratio`."""
+    """Share of a layer's energy that each of its two ranks keeps; decides the ranks instead of `ratio`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +71,7 @@ class TuckerMethod(Method[Tucker]):
     spending = frozenset({"ratio", "ratio_of"})
 
     def needs(self) -> frozenset[Need]:
-        """Nothing for the weights; inputs; gradients too for the loss."""
+        """Inputs, and for the loss gradients; nothing for the weights."""
         return lord.needs_of(self.config.objective)
 
     def check(self, site: Site) -> None:
@@ -85,9 +86,9 @@ class TuckerMethod(Method[Tucker]):
             )
 
     def options(self, site: Site, statistics: Statistics) -> list[Option]:
-        """Return every pair of aligned ranks that makes the layer smaller, and the layer as it is.
+        """Return every pair of aligned ranks that makes the layer smaller, and the unchanged layer.
 
-        Only those on the way down: a larger pair with a larger error is left out.
+        Pairs are left out if another pair is no larger and has no larger error.
         """
         layer, moments = cast(ConvLayer, layer_of(site.modules[0])), statistics.get(site.name)
         sides = {"out": self._outer(layer, moments)}
@@ -126,7 +127,7 @@ class TuckerMethod(Method[Tucker]):
         return options
 
     def choose(self, sites: Sequence[Site], options: Options, counts: Counts) -> list[Share]:
-        """Spend the budget, or keep the energy that was asked for.
+        """Spend the budget, or keep the configured share of the energy.
 
         Raises:
             ConfigError: a budget that these layers cannot meet.
@@ -141,14 +142,14 @@ class TuckerMethod(Method[Tucker]):
         return [Share.of(chosen[site.name], predicts=by_loss) for site in sites]
 
     def _keeping(self, tail: Tensor, ranks: Sequence[int | None]) -> int | None:
-        """The least of the ranks that keeps the energy."""
+        """The smallest of the ranks that keeps the configured share of the energy; None if none does."""
         assert self.config.energy is not None
         allowed = (1 - self.config.energy) * float(tail[0])
         enough = [rank for rank in ranks if rank is not None and float(tail[rank]) <= allowed]
         return min(enough, default=None)
 
     def structure(self, site: Site, share: Share) -> Mapping[str, TuckerNode]:
-        """Return the convolutions in a row, or nothing where the layer stays as it is."""
+        """Return the chain of convolutions, or nothing if the layer stays unchanged."""
         if share.rank is None and not share.ranks:
             return {}
         return {site.names[0]: TuckerNode(share.rank, share.ranks.get("in"))}
@@ -170,14 +171,14 @@ class TuckerMethod(Method[Tucker]):
         if module.bias is not None and layer.bias is not None:
             module.bias.copy_(layer.bias)
         weight = layer.matrix().double()
-        left = weight - module.product().double().flatten(1)
+        error = weight - module.product().double().flatten(1)
         facts: dict[str, Any] = {
-            "relative error": float(left.norm() / weight.norm().clamp_min(1e-300)),
+            "relative error": float(error.norm() / weight.norm().clamp_min(1e-300)),
             "ranks": {"out": node.rank_out, "in": node.rank_in},
         }
         if moments is not None:
             facts["tokens"] = moments.tokens
-            facts["output error"] = lord.output_error(weight, left, moments.C)
+            facts["output error"] = lord.output_error(weight, error, moments.C)
         return facts
 
     def _decompose(
@@ -197,8 +198,8 @@ class TuckerMethod(Method[Tucker]):
             return None, core, inner
         if node.rank_in is None:
             both = self._cut("out", layer, moments, node.rank_out, handle).truncate(node.rank_out)
-        else:  # behind the inner factor there is a new matrix, which the options did not decompose
-            WtGW = metric.WtGW if metric.left is None else None  # G is more exact, where it is known
+        else:  # the core after the inner factor is a new matrix, which the options did not decompose
+            WtGW = metric.WtGW if metric.left is None else None  # G is more exact, if it was gathered
             both = solve.decompose(
                 core.flatten(1), metric.right, metric.left, WtGW=WtGW, ridge=solve.GRADIENT_RIDGE
             ).truncate(node.rank_out)
@@ -207,7 +208,7 @@ class TuckerMethod(Method[Tucker]):
     def _hosvd(
         self, layer: ConvLayer, node: TuckerNode, handle: Handle
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The higher-order SVD of the weight: orthonormal factors, and what they leave between them."""
+        """The higher-order SVD of the weight: orthonormal factors, and the core between them."""
         outer = inner = None
         if node.rank_out is not None:
             outer = solve.orthonormal(
@@ -224,7 +225,7 @@ class TuckerMethod(Method[Tucker]):
     def _cut(
         self, side: str, layer: ConvLayer, moments: SiteStatistics | None, rank: int, handle: Handle
     ) -> Cut:
-        """Return the leading directions of one side: those of the options, or worked out again."""
+        """Return the leading directions of one side: from the options' handle, or computed again."""
         if handle:
             matrix = layer.matrix() if side == "out" else stacked(layer)
             return Cut.of_tensors(matrix, handle, f"{side}.")
@@ -235,7 +236,7 @@ class TuckerMethod(Method[Tucker]):
         return self.config.objective == "loss"
 
     def _outer(self, layer: ConvLayer, moments: SiteStatistics | None) -> Decomposition:
-        """The kernel as a matrix of patches, decomposed under their metric."""
+        """The kernel as a matrix on patches, decomposed under their metric."""
         return lord.decompose(layer, moments, self.config.objective, centers=False)
 
     def _inner(self, layer: ConvLayer, moments: SiteStatistics | None) -> Decomposition:
@@ -265,10 +266,10 @@ def tails_of(decomposition: Decomposition) -> Tensor:
 
 
 def metric_of(layer: ConvLayer, moments: SiteStatistics, by_loss: bool) -> Metric:
-    """Return what weighs the errors of a convolution's matrix ``(out, in · k…)``.
+    """Return the metric for errors of a convolution's matrix ``(out, in · k…)``.
 
-    On the right the second moment of the patches; by the loss, on the left that of the output's gradient,
-    and ``Wᵀ G W`` as well.
+    Its right side is the second moment of the patches. By the loss, its left side is the second moment of the
+    output's gradient, and it has ``Wᵀ G W`` as well.
     """
     device, weight = layer.weight.device, layer.matrix().double()
     C = moments.C.to(device)
@@ -282,15 +283,14 @@ def metric_of(layer: ConvLayer, moments: SiteStatistics, by_loss: bool) -> Metri
 
 
 def through(metric: Metric, inner: Tensor, kernel: int) -> Metric:
-    """Return the metric of what comes after a 1×1 convolution.
+    """Return the metric of the convolution that follows the inner 1×1 convolution.
 
-    What is left of the weight is ``W M`` with ``M = C Aᵀ (A C Aᵀ)⁻¹`` by channel.
-    G is the output's, and stays.
+    Its weight is ``W M`` with ``M = C Aᵀ (A C Aᵀ)⁻¹`` by channel. G belongs to the output, and stays.
 
     Args:
-        metric: of the whole convolution.
+        metric: the metric of the original convolution.
         inner: the 1×1 convolution ``A``, ``(rank, in)``.
-        kernel: offsets of the kernel.
+        kernel: number of offsets of the kernel.
     """
     assert metric.right is not None
     C = by_channel(metric.right, kernel) / kernel
@@ -304,19 +304,19 @@ def through(metric: Metric, inner: Tensor, kernel: int) -> Metric:
 
 
 def by_channel(moment: Tensor, kernel: int) -> Tensor:
-    """Return the sum over the kernel's offsets of a moment's blocks, ``(in, in)``."""
+    """Return the sum of a moment's diagonal blocks ``(in, in)``, one for each offset of the kernel."""
     channels = len(moment) // kernel
     blocks = moment.reshape(channels, kernel, channels, kernel)
     return blocks.diagonal(dim1=1, dim2=3).sum(-1)
 
 
 def has_inner(layer: ConvLayer) -> bool:
-    """Whether a 1×1 convolution in front can save parameters: not for 1×1 kernels, nor for few inputs."""
+    """Whether an inner 1×1 convolution can save parameters: not before 1×1 kernels or with few inputs."""
     return layer.weight[0, 0].numel() > 1 and layer.out_features <= layer.in_features
 
 
 def size_of(layer: ConvLayer, rank_out: int | None, rank_in: int | None) -> int:
-    """Return how many parameters the convolutions in a row have."""
+    """Return how many parameters the chain of convolutions has."""
     inputs, outputs, kernel = layer.module.in_channels, layer.out_features, layer.weight[0, 0].numel()
     size = (rank_out or outputs) * (rank_in or inputs) * kernel
     size += 0 if rank_out is None else rank_out * outputs

@@ -1,4 +1,4 @@
-"""What model families call their parts: rows of data, not classes."""
+"""The names of layers and blocks in each model family, as tables."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ HEADS = frozenset(
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model family calls the module that attends and its projections, by the endings of their names.
+    """The name endings of a model family's attention module and its projections.
 
     Attributes:
-        name: the module that attends.
-        q, k, v: its projections; empty where ``qkv`` stands for all three.
-        o: the layer that the heads' output goes into; it need not lie in the module.
+        name: the attention module.
+        q, k, v: its projections; empty if ``qkv`` replaces all three.
+        o: the output projection; it may lie outside of the attention module.
         qkv: one projection for queries, keys and values, in this order.
-        rotary: whether positions turn pairs of dimensions of queries and keys.
+        rotary: whether queries and keys have a rotary position embedding.
     """
 
     name: str
@@ -90,15 +90,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model family calls the coupled parts of a block, by the endings of their names.
+    """The name endings of the coupled layers of a block in a model family.
 
     Attributes:
-        up: the layer into the MLP.
-        down: the layer out of it.
-        gate: the layer whose activation multiplies ``up``'s output, if there is one.
-        attention: the module that attends, with its projections; None where there is none.
-        width: name of the option in the family's config that holds the width of all MLPs; empty where there
-            is none.
+        up: the first layer of the MLP.
+        down: the last layer of the MLP.
+        gate: the layer whose activation multiplies the output of ``up``; empty if there is none.
+        attention: the attention module with its projections; None if there is none.
+        width: the field of the family's config that holds the width of all MLPs; empty if there is none.
     """
 
     up: str
@@ -125,7 +124,7 @@ _BERT = Layout(
     attention=Attention(_SELF, f"{_SELF}.query", f"{_SELF}.key", f"{_SELF}.value", "attention.output.dense"),
 )
 
-# One row for each `model_type` whose MLP and attention can be taken apart.
+# One row for each `model_type` whose MLP and attention can be resized.
 LAYOUTS: dict[str, Layout] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -146,10 +145,10 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Return the row of a model's family.
+    """Return the layout of a model's family.
 
     Raises:
-        TargetError: there is none.
+        TargetError: the family has no layout.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in LAYOUTS:
@@ -164,12 +163,12 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def mlp_of(layout: Layout, name: str, names: Container[str]) -> tuple[str, ...]:
-    """Return the layers of the MLP that a layer is in: gate (if there is one), up, down; empty if in none.
+    """Return the names of the MLP that contains a layer: gate (if any), up, down; empty if in no MLP.
 
     Args:
-        layout: the family's.
-        name: the layer.
-        names: the names of all modules. A layer outside of MLPs can have the same ending.
+        layout: the family's layout.
+        name: the layer's name.
+        names: the names of all modules, since a layer outside of MLPs can have the same ending.
     """
     parts = [part for part in (layout.gate, layout.up, layout.down) if part]
     for part in parts:
@@ -180,12 +179,12 @@ def mlp_of(layout: Layout, name: str, names: Container[str]) -> tuple[str, ...]:
 
 
 def attention_of(layout: Layout, name: str, names: Container[str]) -> str | None:
-    """Return the attention module that a layer is a projection of; None where it is none.
+    """Return the name of the attention module that a layer is a projection of; None if it is no projection.
 
     Args:
-        layout: the family's.
-        name: the layer.
-        names: of all modules.
+        layout: the family's layout.
+        name: the layer's name.
+        names: the names of all modules.
     """
     attention = layout.attention
     for part in (
@@ -199,12 +198,12 @@ def attention_of(layout: Layout, name: str, names: Container[str]) -> str | None
 
 
 def fused_parts(model: nn.Module, name: str, layer: nn.Module) -> tuple[int, ...]:
-    """Return how many of a layer's outputs are queries, keys and values; empty where it is not all three.
+    """Return how many outputs of a fused projection are queries, keys and values; empty for other layers.
 
     Args:
         model: the model.
-        name: of the layer.
-        layer: the module at that name.
+        name: the layer's name.
+        layer: the module of that name.
     """
     layout = LAYOUTS.get(getattr(getattr(model, "config", None), "model_type", ""))
     attention = None if layout is None else layout.attention

@@ -1,4 +1,4 @@
-"""Which layers a method acts on: names, globs, regular expressions, ``"all-linear"``."""
+"""Selecting the layers that a method acts on: by name, glob, regular expression, or ``"all-linear"``."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Site:
-    """One place a method acts on: a layer, or a coupled group such as an MLP.
+    """One place where a method acts: a layer, or a coupled group such as an MLP.
 
     Attributes:
-        names: module names, as the stock model has them.
+        names: names of the modules in the stock model.
         modules: the modules themselves, in the same order.
-        role: what the model family calls this part (``layouts.ROLES``).
+        role: the function of this part in the model (``layouts.ROLES``).
     """
 
     names: tuple[str, ...]
@@ -53,19 +53,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which layers of a model are meant; :func:`select` says how each field is read."""
+    """A selection of layers; :func:`select` explains the fields."""
 
     targets: str | Sequence[str] = "all-linear"
     exclude: str | Sequence[str] = ()
     layers: int | Sequence[int] | None = None
 
     def select(self, model: nn.Module) -> list[Site]:
-        """Return one site for each layer that is meant; see :func:`select`."""
+        """Return one site for each selected layer; see :func:`select`."""
         return select(model, self.targets, self.exclude, self.layers)
 
 
 def stock_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` by the names they have in the stock model.
+    """Return the modules of ``model`` by their names in the stock model.
 
     For a host of adapters its base is returned, under the host's name. The root is left out.
     """
@@ -108,8 +108,8 @@ def select(
         layers: block indices to keep (the first number in the name); negative ones count from the end.
 
     Raises:
-        TargetError: a pattern that matches nothing, with the nearest names; a target that is not a layer
-            which can be adapted; block indices that do not exist; nothing left.
+        TargetError: a pattern matches nothing (the nearest names are suggested); a target is not a layer that
+            can be adapted; a block index does not exist; no layer is left.
     """
     modules = stock_modules(model)
     read_directly = _read_directly(modules)
@@ -226,17 +226,17 @@ def _excluded(pattern: str, modules: Mapping[str, nn.Module]) -> set[str]:
 def _in_blocks(names: set[str], layers: Sequence[int]) -> set[str]:
     present = {index for name in names if (index := layouts.block_index(name)) is not None}
     count = max(present, default=-1) + 1
-    wanted = {index + count if index < 0 else index for index in layers}
-    missing = sorted(wanted - present)
-    if missing or not wanted:
+    requested = {index + count if index < 0 else index for index in layers}
+    missing = sorted(requested - present)
+    if missing or not requested:
         raise TargetError(
             f"layers={list(layers)} asks for blocks {missing}, but the targets lie in {sorted(present)}."
         )
-    return {name for name in names if layouts.block_index(name) in wanted}
+    return {name for name in names if layouts.block_index(name) in requested}
 
 
 def _read_directly(modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Layers whose weight a parent reads instead of calling them."""
+    """The names of layers whose parent uses their weight without calling them."""
     return frozenset(f"{n}.out_proj" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
 
 
@@ -252,11 +252,11 @@ def _guarded(test: Callable[[str, str], bool], pattern: str, name: str) -> bool:
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
-    """Say which names come closest, and what the layers are called here."""
+    """Return a sentence with the nearest names, and the endings of all names."""
     endings = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
     close = did_you_mean(pattern, endings) or did_you_mean(pattern, names)
     shown = ", ".join(endings[:20]) + (", …" if len(endings) > 20 else "")
-    return f"{close} Names here end in: {shown}.".strip()
+    return f"{close} The names in this model end in: {shown}.".strip()
 
 
 def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -24,9 +24,9 @@ def other_users(model: nn.Module, module: nn.Module, ties: Mapping[int, list[str
     """Return the names under which other modules use the weight of ``module``.
 
     Args:
-        model: the model that holds them.
-        module: the layer, or its host. A module that is registered under several names is not tied to itself.
-        ties: what :func:`shared` found.
+        model: the model.
+        module: the layer, or its host. A module registered under several names does not count as tied.
+        ties: the result of :func:`shared`.
     """
     base = module.base if isinstance(module, Host) else module
     weight = base._parameters.get("weight")
@@ -37,7 +37,7 @@ def other_users(model: nn.Module, module: nn.Module, ties: Mapping[int, list[str
 def check_merge(
     model: nn.Module, hosts: Mapping[str, Host], ties: Mapping[int, list[str]], untie: bool
 ) -> None:
-    """Refuse to merge into a weight that other modules use, unless it is to be untied."""
+    """Refuse to merge into a weight that other modules use, unless ``untie`` is set."""
     for name, host in hosts.items():
         if untie or not isinstance(host, Adapted) or not host.active:
             continue
@@ -50,7 +50,7 @@ def check_merge(
 
 
 def set_tied(model: nn.Module, tied: bool) -> bool:
-    """Set ``tie_word_embeddings`` in a transformers config; return whether it was there to set."""
+    """Set ``tie_word_embeddings`` in a transformers config; return whether that changed it."""
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", None) in (None, tied):
         return False
@@ -76,11 +76,11 @@ def rename(model: nn.Module) -> None:
 
 
 def _as_placed(module: nn.Module, key: str) -> str:
-    """Return the present name of a tensor, given its name before hosts were put in or taken out."""
+    """Return the present name of a tensor, given its name before hosts were inserted or removed."""
     owner, _, attribute = key.rpartition(".")
     modules = dict(module.named_modules())
     if owner.endswith(".base") and owner not in modules:
-        owner = owner.removesuffix(".base")  # its host was taken out
+        owner = owner.removesuffix(".base")  # its host was removed
     if isinstance(modules.get(owner), Host):
-        owner += ".base"  # a host was put in
+        owner += ".base"  # a host was inserted
     return f"{owner}.{attribute}" if owner else attribute

@@ -1,8 +1,9 @@
 """Random bases that are a pure function of integers: the same bits on every machine, in every release.
 
-:mod:`~lowrank_ft.basis.philox` defines the streams; this file combines them with coefficients, and projects
-gradients onto them, by the fastest way that the machine has: a small C kernel on the CPU (built on first use
-where a C compiler is found), Triton on a GPU, and plain torch everywhere. All three combine to the same bits.
+:mod:`~lowrank_ft.basis.philox` defines the streams. This file combines basis matrices with coefficients, and
+projects gradients onto them, with the fastest backend of the machine: a small C kernel on the CPU (built on
+first use if there is a C compiler), Triton on a GPU, else plain torch. Combinations are bit-identical in all
+three.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ __all__ = ["Stream", "combine", "project"]
 def combine(stream: Stream, coefficients: Tensor, count: int, scale: float) -> Tensor:
     """Return ``scale · Σ_i c_i S_i``, flat: the sum in the order of i, in the coefficients' dtype.
 
-    Each term is ``±c_i``, so every step of the sum rounds once, and the result has the same bits wherever it
-    is computed.
+    Each term is ``±c_i``, so every step of the sum rounds once, and the result is bit-identical on every
+    backend.
 
     Args:
-        stream: where the signs come from.
-        coefficients: ``(k,)``, float32 or float64; basis matrix i is that of index i.
+        stream: the basis matrices.
+        coefficients: ``(k,)``, float32 or float64; coefficient i belongs to basis matrix i.
         count: number of elements of a basis matrix.
         scale: factor on the sum.
 
@@ -38,13 +39,13 @@ def project(stream: Stream, gradient: Tensor, bases: int, scale: float) -> Tenso
     """Return ``scale · ⟨S_i, gradient⟩`` for i from 0 to ``bases − 1``: the adjoint of :func:`combine`.
 
     Args:
-        stream: where the signs come from.
+        stream: the basis matrices.
         gradient: of any shape, float32 or float64; read row by row.
         bases: how many inner products.
         scale: factor on them.
 
     Returns:
-        ``(bases,)``, on the gradient's device, in its dtype; the order of the sums is the backend's.
+        ``(bases,)``, on the gradient's device, in its dtype; the order of summation depends on the backend.
     """
     return _backend(stream, gradient).project(stream, gradient.contiguous().flatten(), bases, scale)
 

@@ -1,4 +1,4 @@
-"""The C kernel (see :mod:`lowrank_ft.compiled`). Without a compiler, plain torch does the same."""
+"""The C kernel (see :mod:`lowrank_ft.compiled`). Without a compiler, plain torch is used instead."""
 
 from __future__ import annotations
 

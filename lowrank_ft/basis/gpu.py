@@ -1,7 +1,7 @@
 """The Triton kernels: the basis is drawn in registers and never stored.
 
-Signs are flipped in the bits and sums run in the order of the basis matrices, without fused multiply-adds, so
-that :func:`combine` gives the bits of the other backends.
+Terms are summed in the order of the basis matrices, without fused multiply-adds, so that :func:`combine` is
+bit-identical to the other backends.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lowrank_ft.basis.philox import Stream
 
-_BLOCKS = 8  # blocks of 128 elements that one program holds
+_BLOCKS = 8  # blocks of 128 elements that one Triton program holds
 # No fused multiply-adds: products and sums are rounded separately, as on the CPU.
 _OPTIONS: dict[str, Any] = {"BLOCKS": _BLOCKS, "enable_fp_fusion": False}
 
 
 def available() -> bool:
-    """Whether Triton is here; it comes with torch's CUDA builds."""
+    """Whether Triton is installed; it comes with torch's CUDA builds."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -32,7 +32,7 @@ def combine(stream: Stream, coefficients: Tensor, count: int, scale: float) -> T
     _kernels().combine[(programs,)](
         coefficients.contiguous(), out, *key, *tail, len(coefficients), count, **_OPTIONS
     )
-    return out.mul_(scale)  # here, since a scalar argument would be float32
+    return out.mul_(scale)  # not in the kernel, whose scalar arguments are float32
 
 
 def project(stream: Stream, gradient: Tensor, bases: int, scale: float) -> Tensor:
@@ -44,11 +44,11 @@ def project(stream: Stream, gradient: Tensor, bases: int, scale: float) -> Tenso
 
 
 def _signed(words: tuple[int, int]) -> tuple[int, int]:
-    """Words as int32, which is how Triton takes them whatever their size."""
+    """Return words as int32, so that Triton gives them the same type whatever their size."""
     first, second = (word - (1 << 32) if word >> 31 else word for word in words)
     return first, second
 
 
 def _kernels() -> Any:
-    """The kernels, imported when they are first needed: Triton is only there with a GPU."""
+    """The kernels' module, imported on first use, since Triton may be missing."""
     return importlib.import_module("lowrank_ft.basis.triton_kernels")

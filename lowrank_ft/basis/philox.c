@@ -1,11 +1,11 @@
-/* Signs from Philox4x32-10, combined with coefficients or with a gradient as they are drawn: the basis itself
- * is never stored. lowrank_ft/basis/philox.py has the specification. */
+/* Signs from Philox4x32-10, combined with coefficients or with a gradient as soon as they are drawn, so that
+ * the basis is never stored. lowrank_ft/basis/philox.py has the specification. */
 #include <stdint.h>
 #include <string.h>
 
 enum { LANES = 16, ROUNDS = 10, BLOCK = 128, TILE = LANES * BLOCK };
 
-/* LANES consecutive blocks of one basis matrix, side by side so that the compiler uses vectors. */
+/* Draw LANES consecutive blocks of one basis matrix, side by side so that the compiler vectorises loops. */
 static void draw(uint32_t first, uint32_t index, const uint32_t key[2], const uint32_t tail[2],
                  uint32_t words[4][LANES]) {
   uint32_t *c0 = words[0], *c1 = words[1], *c2 = words[2], *c3 = words[3];

@@ -1,17 +1,16 @@
-"""Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and what is drawn.
+"""Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and the random bases.
 
-The specification, version 1, precise enough to write it again (docs/nola.md has it in words):
+The specification, version 1, precise enough for a second implementation (docs/nola.md explains it):
 
 * key: the seed, its low 32 bits first;
-* counter: ``(block, index, n, 2 · m + f)``: which run of elements; which basis matrix; with h the first eight
-  bytes (little-endian) of the SHA-256 of the module's name in UTF-8, n the bits 0–31 and m the bits 32–62 of
-  h; f is 0 for the factor A, 1 for B;
-* ``rademacher``: element e of a matrix, counted row by row, is in block ``e // 128``, in the bit ``e % 32``
-  of its word ``e % 128 // 32``; a bit of 0 is +1, of 1 is −1;
-* ``uniform``: element e is in block ``e // 4``, the word ``w`` number ``e % 4`` of it, as
-  ``(w >> 8) · 2⁻²³ − 1``.
+* counter: ``(block, index, n, 2 · m + f)``. ``block`` counts runs of elements in a matrix, ``index`` counts
+  basis matrices. n is the bits 0–31 and m the bits 32–62 of h, the first eight bytes (little-endian) of the
+  SHA-256 of the module's name in UTF-8. f is 0 for the factor A, 1 for B;
+* ``rademacher``: the sign of element e of a matrix, counted row by row, is in block ``e // 128``, bit
+  ``e % 32`` of word ``e % 128 // 32``; a bit of 0 means +1, a bit of 1 means −1;
+* ``uniform``: element e is ``(w >> 8) · 2⁻²³ − 1``, where w is word ``e % 4`` of block ``e // 4``.
 
-This file is the oracle of the compiled kernels, and what runs where there are none.
+This file is the oracle of the compiled kernels, and the implementation where they are not available.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_AT_ONCE = 1 << 20  # elements drawn at a time
+_AT_ONCE = 1 << 20  # elements drawn at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Stream:
     """All basis matrices of one factor of one layer.
 
     Attributes:
-        seed: 64 bits.
+        seed: an integer of 64 bits.
         name: the module's name in the stock model.
         factor: "A" or "B".
         kind: distribution of the entries.
@@ -103,13 +102,13 @@ def blocks(stream: Stream, indices: Tensor, count: int) -> Tensor:
 
 
 def _product(words: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """The high and the low word of a 64-bit product, in halves, so that int64 does not overflow."""
+    """The high and the low word of a 64-bit product, computed from halves so that int64 does not overflow."""
     low, high = (words & 0xFFFF) * multiplier, (words >> 16) * multiplier
     return (high + (low >> 16)) >> 16, ((high & 0xFFFF) << 16) + low & _MASK
 
 
 def matrices(stream: Stream, first: int, last: int, count: int, like: Tensor) -> Tensor:
-    """Return basis matrices from ``first`` up to ``last``, flat, ``(last − first, count)``, as ``like``."""
+    """Return basis matrices ``first`` to ``last − 1``, flat, ``(last − first, count)``, typed as ``like``."""
     indices = torch.arange(first, last, device=like.device)
     if stream.kind == "uniform":
         words = blocks(stream, indices, -(-count // 4)).flatten(1)[:, :count]

@@ -1,6 +1,6 @@
 """The kernels of :mod:`lowrank_ft.basis.gpu`; importing this file needs Triton.
 
-Triton compiles the annotations too, and knows none of Python's: there are none.
+The functions have no type annotations, since Triton would try to compile them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_WORDS = ["key0", "key1", "tail0", "tail1"]  # an argument of 1 would become a constant, which has no dtype
+# Triton must not specialise these: an argument of 1 would become a constant, which has no dtype.
+_WORDS = ["key0", "key1", "tail0", "tail1"]
 
 
 @triton.jit
 def _signs(first, index, key0, key1, tail0, tail1, BLOCKS: tl.constexpr):
     """The signs of ``BLOCKS`` blocks from ``first``, ``(BLOCKS, 128)``, as bits 0 and 1."""
-    zero = tl.zeros((BLOCKS,), dtype=tl.uint32)  # what is added to it is unsigned, whatever it was
+    zero = tl.zeros((BLOCKS,), dtype=tl.uint32)  # adding it makes any integer unsigned
     c0 = zero + first + tl.arange(0, BLOCKS)
     c1 = zero + index
     c2 = zero + tail0
@@ -74,7 +75,7 @@ def project(
     count,
     BLOCKS: tl.constexpr,
 ):
-    """One program makes the inner product with one basis matrix: the same bits at each run."""
+    """One program computes the inner product with one basis matrix, in the same order in every run."""
     i = tl.program_id(0)
     lanes = tl.zeros((BLOCKS, 128), dtype=out.dtype.element_ty)
     blocks = tl.cdiv(count, 128)

@@ -15,9 +15,8 @@ from lowrank_ft.calibration import texts as reading
 from lowrank_ft.errors import ConfigError
 
 Batch = dict[str, Tensor]
-Loss = Callable[
-    [nn.Module, Batch, Any], Tensor
-]  # arguments: the model, a batch, and the model's output for it
+# Its arguments are the model, a batch, and the model's output for this batch.
+Loss = Callable[[nn.Module, Batch, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def _from_texts(texts: Sequence[str], tokenizer: Any, settings: Calibration) -> 
 
 def _packed(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
     ids = reading.text_ids(texts, tokenizer).tolist()
-    whole = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    return whole or ([ids] if len(ids) > 1 else [])  # a single token has no next token to predict
+    blocks = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return blocks or ([ids] if len(ids) > 1 else [])  # a single token has no next token to predict
 
 
 def _padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:

@@ -148,9 +148,8 @@ class _Listener:
     @contextmanager
     def listening(self, batch: Batch) -> Iterator[None]:
         self.mask = mask_of(batch)
-        seen: list[
-            tuple[Tensor, str]
-        ] = []  # inputs of this forward; they are kept alive, so that no two can be the same object
+        # Inputs of this forward. They are kept alive: two inputs are the same only if they are one object.
+        seen: list[tuple[Tensor, str]] = []
         handles = [
             layer.module.register_forward_pre_hook(
                 lambda m, args, name=name: self._record(name, args[0], seen)

@@ -1,10 +1,10 @@
-"""The only code that changes a model, and the questions that others ask about one.
+"""The only code that changes a model, and functions that inspect one.
 
-A method decides which modules replace which (``structure``), and their values. Everything is built and filled
-before the first module is replaced, so an error leaves the model unchanged.
+A method decides which modules are replaced by which (``structure``), and their values. Everything is built
+and filled before the first module is replaced, so an error leaves the model unchanged.
 
-``state`` answers questions, ``surgery`` changes models, ``adapters`` has the verbs on adapters, ``pipeline``
-runs a method, ``wrapping`` has :func:`wrap`. Each imports only from those before it.
+``state`` inspects models, ``surgery`` changes them, ``adapters`` has the operations on adapters, ``pipeline``
+runs a method, and ``wrapping`` has :func:`wrap`. Each imports only from those before it.
 """
 
 from lowrank_ft.engine.adapters import (

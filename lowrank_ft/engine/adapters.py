@@ -1,4 +1,4 @@
-"""The verbs on adapters: activate, merge, cast, take out."""
+"""Operations on adapters: activate, merge, cast and remove them."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def set_adapter(model: ModelT, names: str | Sequence[str]) -> ModelT:
-    """Make these adapters the active ones: they add up and train; the others are frozen and unused.
+    """Make these adapters the active ones: their updates add up and train; the others are frozen and unused.
 
     Raises:
         StateError: no adapter of that name, or a combination that cannot run together.
     """
-    wanted = (names,) if isinstance(names, str) else tuple(names)
+    active = (names,) if isinstance(names, str) else tuple(names)
     carriers = hosts(model)
-    for name in wanted:
+    for name in active:
         require_adapter(model, name)
     for host in carriers.values():
-        host.check_active(wanted)
-    check_whole(model, wanted)
+        host.check_active(active)
+    check_whole(model, active)
     for host in carriers.values():
-        host.activate(wanted)
+        host.activate(active)
     write_config(model)
     return model
 
@@ -79,7 +79,7 @@ def disable(model: nn.Module) -> Iterator[None]:
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:
-    """Remove one adapter; layers left without any become stock again.
+    """Remove one adapter. Layers that then have no adapter become stock layers again.
 
     Raises:
         StateError: no adapter of that name.
@@ -102,18 +102,18 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> ModelT:
     """Fold the active adapters into stock layers. Compressed layers stay compressed.
 
-    Weight and update are summed in at least float32 and rounded once, to the layer's dtype. The result has
-    no trace of this package: it saves, compiles and serves as the stock model.
+    Weight and update are summed in at least float32 and rounded once, to the layer's dtype. Without
+    compressed layers the result is the stock model: it saves, compiles and serves as such.
 
     Args:
         model: a wrapped model.
         reversible: keep the replaced modules, so that :func:`unmerge` restores them bit-identically; costs
-            the memory of the adapted weights once more. Without it the adapters are gone.
-        untie: break the tie where an adapted weight is shared (tied embeddings), and say so in the model's
-            config; refused otherwise, because the merged weight would change the other user too.
+            the memory of the adapted weights once more. Without it the adapters are deleted.
+        untie: break the tie if an adapted weight is shared (tied embeddings), and record that in the model's
+            config. Without it such a merge is refused: it would also change the other layer with the weight.
 
     Raises:
-        StateError: nothing to merge; a tied weight; adapters that would be lost.
+        StateError: there is nothing to merge, a weight is tied, or inactive adapters would be lost.
     """
     state = state_of(model)
     if state.merged is not None:
@@ -144,18 +144,18 @@ def merge(model: ModelT, *, reversible: bool = True, untie: bool = False) -> Mod
 
 
 def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
-    """Round the factors of LoRAs to a dtype, in place, and keep them in it, on disk and after a reload too.
+    """Cast the factors of LoRAs in place; a checkpoint keeps them in this dtype too.
 
-    Half precision halves their bytes. Train in ``"float32"`` and round at the end: in half precision small
+    Half precision halves their bytes. Train in ``"float32"`` and cast at the end: in half precision small
     optimiser steps are lost.
 
     Args:
         model: a wrapped model.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what :func:`wrap` chooses.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what :func:`wrap` uses.
         name: the adapter; by default all.
 
     Raises:
-        StateError: no adapter of that name, or one without factors of its own.
+        StateError: no adapter of that name, or one whose parameters have no choice of dtype.
         ConfigError: no such dtype.
     """
     state_of(model)
@@ -176,10 +176,10 @@ def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
     for host, other in to_cast:
         node = dataclasses.replace(cast(Any, host.nodes[other]), dtype=dtype)
         shell = node.build(meta_twin(host.base))
-        wanted = {key: tensor.dtype for key, tensor in shell.state_dict().items()}
+        dtypes = {key: tensor.dtype for key, tensor in shell.state_dict().items()}
         part = cast(Delta, host.parts[other])
         for key, tensor in (*part.named_parameters(), *part.named_buffers()):
-            tensor.data = tensor.data.to(wanted[key])
+            tensor.data = tensor.data.to(dtypes[key])
         host.nodes[other] = part.node = node
     write_config(model)
     return model
@@ -188,9 +188,9 @@ def cast_adapters(model: ModelT, dtype: str, name: str | None = None) -> ModelT:
 def merge_drift(model: nn.Module) -> dict[str, float]:
     """Return the rounding error that :func:`merge` would add to each quantised layer.
 
-    The relative Frobenius distance of the merged weight from the sum, in float64, of what is stored and what
-    the active adapters add, by layer name. Zero but for rounding in float32; in half precision it can be
-    as large as what training did.
+    It is the relative Frobenius distance, by layer name, between the merged weight and the sum in float64 of
+    the stored weight and the active updates. In float32 it is negligible; in half precision it can be
+    as large as the update that was trained.
 
     Raises:
         StateError: no adapter on a quantised layer.
@@ -223,9 +223,9 @@ def unmerge(model: ModelT) -> ModelT:
     modules = dict(model.named_modules())
     for name, host in state.merged.items():
         current = modules[name]
-        where = next(current.parameters(), None)
-        if where is not None:
-            host.to(where.device)  # the model may have moved to another device since
+        parameter = next(current.parameters(), None)
+        if parameter is not None:
+            host.to(parameter.device)  # the model may have moved to another device since
         put_in_place(owners, current, host.train(current.training))
     if state.untied:
         ties.set_tied(model, True)
@@ -240,7 +240,7 @@ def unload(model: ModelT) -> ModelT:
     """Remove all adapters: the model is bit-identical to the one before the first wrap.
 
     Raises:
-        StateError: there is no adapter; the model is merged (its adapters are in the weights).
+        StateError: the model has no adapter, or its adapters are merged into the weights.
     """
     if state_of(model).merged is not None:
         raise StateError("The adapters are merged into the weights: unmerge() first, then unload().")
@@ -256,13 +256,13 @@ def unload(model: ModelT) -> ModelT:
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
     """Run the block with the active adapters merged, if there are any."""
-    merges = bool(hosts(model))
-    if merges:
+    is_adapted = bool(hosts(model))
+    if is_adapted:
         merge(model)
     try:
         yield
     finally:
-        if merges:
+        if is_adapted:
             unmerge(model)
 
 
@@ -273,10 +273,17 @@ def restore_state(
     stages: Sequence[dict[str, Any]],
     expected: Mapping[str, Any],
 ) -> None:
-    """Finish a model from :func:`restore_structure` whose weights are loaded: as if it had just been wrapped.
+    """Finish a model from :func:`restore_structure` after its weights are loaded, as if it were just wrapped.
+
+    Args:
+        model: the model.
+        active: names of the adapters to activate.
+        recipes: for each adapter, the method and the options that made it.
+        stages: the stages that compressed the model.
+        expected: for each adapter, the digest of what it depends on, from the checkpoint.
 
     Raises:
-        CheckpointError: an adapter depends on something that is not what it was (``expected``, by adapter).
+        CheckpointError: the digest of an adapter differs from ``expected``.
     """
     for name, digest in digests(model).items():
         check_digest(name, digest, expected)
@@ -299,6 +306,6 @@ def keep_adapters_in_float32(model: nn.Module) -> None:
         if isinstance(host, Adapted) and getattr(node, "dtype", "auto") in ("auto", "float32")
     ]
     if adapted and hasattr(model, "_keep_in_fp32_modules_strict"):
-        ours = {re.escape(name) for name in adapted}
-        theirs: set[str] = set(cast(Any, model)._keep_in_fp32_modules_strict or ())
-        cast(Any, model)._keep_in_fp32_modules_strict = theirs | ours
+        patterns = {re.escape(name) for name in adapted}
+        existing: set[str] = set(cast(Any, model)._keep_in_fp32_modules_strict or ())
+        cast(Any, model)._keep_in_fp32_modules_strict = existing | patterns

@@ -1,7 +1,7 @@
-"""Take over a model that was loaded with bitsandbytes: the same codes and scales, in modules of this package.
+"""Take over a model that was loaded with bitsandbytes: put its codes and scales into this package's modules.
 
 bitsandbytes' own layers are not safe on a CPU (see :mod:`lowrank_ft.quant.bnb`), and transformers saves,
-moves and trains a model with such layers differently. Nothing is quantised again here.
+moves and trains a model with such layers differently. Weights are not quantised again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowrank_ft.quant import Scheme, storage_of
 from lowrank_ft.quant.bnb import NESTED_BLOCK
 from lowrank_ft.structure.manifest import replacements
 
-_MARKS = (  # what transformers sets on a model that it loads with bitsandbytes
+_MARKS = (  # attributes that transformers sets on a model that it loads with bitsandbytes
     "hf_quantizer",
     "is_loaded_in_4bit",
     "is_loaded_in_8bit",
@@ -33,38 +33,39 @@ _MARKS = (  # what transformers sets on a model that it loads with bitsandbytes
 )
 _CODEBOOKS: dict[str, Any] = {"nf4": "nf", "fp4": "fp4"}
 
-Taken = list[tuple[dict[str, Any], str, Any]]
+# Attributes that were removed: the dict that had them, their names and values.
+Removed = list[tuple[dict[str, Any], str, Any]]
 
 
 @contextmanager
 def adopted(model: nn.Module) -> Iterator[None]:
-    """Replace bitsandbytes' linear layers by :class:`Quantized` ones; where the block raises, put them back.
+    """Replace bitsandbytes' linear layers by :class:`Quantized` ones; if the block raises, put them back.
 
-    Codes and scales are shared with the replaced layers, so no memory is used twice. Inputs are not
-    quantised, as ``Linear8bitLt`` does. A model without such layers is left alone.
+    Codes and scales are shared with the replaced layers, so they need no further memory. Unlike in
+    ``Linear8bitLt``, inputs are not quantised. A model without such layers is not changed.
 
     Args:
-        model: any module. Its transformers config then has this package's manifest.
+        model: any module. Its transformers config gets this package's manifest.
 
     Raises:
-        StateError: a layer that is not quantised, not loaded, or not as bitsandbytes packed it (its forward
-            in eval mode repacks weights on some processors).
+        StateError: a layer that is not quantised yet, not loaded, or repacked by bitsandbytes since (its
+            forward in eval mode does so on some processors).
     """
-    theirs = {name: module for name, module in sites.stock_modules(model).items() if _is_quantised(module)}
-    if not theirs:
+    originals = {name: module for name, module in sites.stock_modules(model).items() if _is_quantised(module)}
+    if not originals:
         yield
         return
-    ours = {name: _taken_over(module, name, _dtype(model, module)) for name, module in theirs.items()}
-    replace(model, ours)
-    marks = _take_marks(model)
+    new = {name: _taken_over(module, name, _dtype(model, module)) for name, module in originals.items()}
+    replace(model, new)
+    marks = _remove_marks(model)
     write_config(model)
     try:
         yield
     except BaseException:
-        if _stand_alone(model, ours):
-            replace(model, theirs)
-            for where, name, value in marks:
-                where[name] = value
+        if _are_only_replacements(model, new):
+            replace(model, originals)
+            for attributes, name, value in marks:
+                attributes[name] = value
         raise
 
 
@@ -74,36 +75,39 @@ def _is_quantised(module: nn.Module) -> bool:
     return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
-def _stand_alone(model: nn.Module, ours: Mapping[str, nn.Module]) -> bool:
+def _are_only_replacements(model: nn.Module, new: Mapping[str, nn.Module]) -> bool:
     """Whether these modules are the only replacements in the model.
 
-    Of several stages an early one may have succeeded. Its result is kept, and the layers below it with it.
+    If one of several stages fails, an earlier one may have succeeded. Its result is kept, and so are the
+    taken over layers that it builds on.
     """
     replaced = replacements(model)
-    return replaced.keys() == ours.keys() and all(replaced[name] is module for name, module in ours.items())
+    return replaced.keys() == new.keys() and all(replaced[name] is module for name, module in new.items())
 
 
-def _take_marks(model: nn.Module) -> Taken:
-    """Remove what transformers wrote on the model and its configs; return it with its places and names."""
+def _remove_marks(model: nn.Module) -> Removed:
+    """Remove the attributes that transformers set on the model and its configs; return them."""
     places: list[tuple[dict[str, Any], str]] = []
     for module in model.modules():
         places += [(module.__dict__, name) for name in _MARKS]
         config = getattr(getattr(module, "config", None), "__dict__", {})
         places += [(config, "quantization_config"), (config, "_is_quantized")]
-    taken: Taken = [(where, name, where.pop(name)) for where, name in places if name in where]
+    removed: Removed = [
+        (attributes, name, attributes.pop(name)) for attributes, name in places if name in attributes
+    ]
     conversions = model.__dict__.get("_weight_conversions")
-    if conversions:  # save_pretrained would apply the reverse of what read bitsandbytes' files
-        taken.append((model.__dict__, "_weight_conversions", conversions))
-        model.__dict__["_weight_conversions"] = [c for c in conversions if not _is_quantisers(c)]
-    return taken
+    if conversions:  # save_pretrained would apply them in reverse, to write bitsandbytes' format
+        removed.append((model.__dict__, "_weight_conversions", conversions))
+        model.__dict__["_weight_conversions"] = [c for c in conversions if not _is_of_quantizer(c)]
+    return removed
 
 
-def _is_quantisers(conversion: Any) -> bool:
+def _is_of_quantizer(conversion: Any) -> bool:
     return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
 
 
 def _dtype(model: nn.Module, layer: nn.Module) -> torch.dtype:
-    """The dtype that the model computes in, which need not be the one that was quantised."""
+    """The dtype that the model computes in; the weight may have been quantised from another."""
     if isinstance(layer.bias, Tensor):
         return layer.bias.dtype
     for module in model.modules():
@@ -118,7 +122,7 @@ def _dtype(model: nn.Module, layer: nn.Module) -> torch.dtype:
 
 
 def _taken_over(module: Any, name: str, dtype: torch.dtype) -> Quantized:
-    """Return a layer around the packed tensors of another."""
+    """Return a layer of this package with the packed tensors of a bitsandbytes layer."""
     if module.weight.is_meta:
         _refuse(name, "its weight is on the meta device", "Load the model's weights first.")
     if isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit):
@@ -135,8 +139,9 @@ def _taken_over(module: Any, name: str, dtype: torch.dtype) -> Quantized:
 
 
 def _shell(module: Any, dtype: torch.dtype) -> nn.Module:
-    """Return the stock layer that was quantised, its weight on ``meta``."""
-    source = getattr(module, "source_cls", nn.Linear)  # transformers says what it replaced
+    """Return the stock layer that was quantised, with its weight on ``meta``."""
+    # transformers sets this to the class of the layer that it replaced.
+    source = getattr(module, "source_cls", nn.Linear)
     kind = "linear" if issubclass(source, nn.Linear) else "transposed-linear"
     matrix = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
     return stock_linear(kind, matrix, module.bias)
@@ -163,7 +168,7 @@ def _four_bit(module: Any, name: str) -> tuple[Scheme, dict[str, Tensor]]:
 
 
 def _codes(module: Any, name: str, block: int) -> Tensor:
-    """Return the codes, two a byte, filled up to a whole number of blocks."""
+    """Return the codes, two in a byte, padded to a whole number of blocks."""
     weights = module.out_features * module.in_features
     codes: Tensor = module.weight.detach().contiguous().view(torch.uint8).flatten()
     if codes.numel() != -(-weights // 2):
@@ -176,17 +181,16 @@ def _check_nested(name: str, state: Any) -> None:
     from bitsandbytes.functional import create_dynamic_map
 
     code = create_dynamic_map().to(state.code.device)
-    is_known = state.blocksize == NESTED_BLOCK and state.dtype == torch.float32
-    if not is_known or not torch.allclose(
-        state.code, code, rtol=1e-6, atol=0
-    ):  # the map depends on the version of torch in its last bits
+    is_supported = state.blocksize == NESTED_BLOCK and state.dtype == torch.float32
+    # The last bits of the map depend on torch's version.
+    if not is_supported or not torch.allclose(state.code, code, rtol=1e-6, atol=0):
         _refuse(name, "its scales are not quantised by bitsandbytes' own dynamic map", _QUANTISE)
 
 
 def _eight_bit(module: Any, name: str) -> tuple[Scheme, dict[str, Tensor]]:
     if module.state.has_fp16_weights:
         _refuse(name, "it keeps its weight in 16 bits", "Load the model without quantisation.")
-    scales = module.weight.SCB  # after the first forward it is in the layer's state
+    scales = module.weight.SCB  # the first forward moves it into the layer's state
     scales = module.state.SCB if scales is None else scales
     if scales is None:
         _refuse(name, "it is not quantised yet", "Move the model to a device first.")
@@ -196,9 +200,9 @@ def _eight_bit(module: Any, name: str) -> tuple[Scheme, dict[str, Tensor]]:
 
 def _check_sizes(module: Any, name: str, scheme: Scheme, packed: Mapping[str, Tensor]) -> None:
     for key, shape in storage_of(scheme).shapes(module.out_features, module.in_features).items():
-        given = packed[key]
-        if tuple(given.shape) != shape.size or given.dtype != shape.dtype:
-            _refuse(name, f"its {key} are {tuple(given.shape)} of {given.dtype}, not {shape.size}", _RELOAD)
+        tensor = packed[key]
+        if tuple(tensor.shape) != shape.size or tensor.dtype != shape.dtype:
+            _refuse(name, f"its {key} are {tuple(tensor.shape)} of {tensor.dtype}, not {shape.size}", _RELOAD)
 
 
 _RELOAD = "Load the model again, and wrap() it before it runs."

@@ -20,7 +20,7 @@ def numbers_in(modules: Iterable[nn.Module]) -> int:
 
 
 def bytes_of(modules: Iterable[nn.Module]) -> int:
-    """Return the bytes of parameters and persistent buffers, tied ones once."""
+    """Return the bytes of parameters and persistent buffers; tied ones count once."""
     tensors = (t for module in modules for t in module.state_dict().values())
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
@@ -37,10 +37,10 @@ def count(model: nn.Module) -> Counts:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or name in heads:
             outside |= {id(p) for p in module.parameters()}
-    held = {id(t): t for t in stock_tensors(model).values()}.values()
+    tensors = {id(t): t for t in stock_tensors(model).values()}.values()
     return Counts(
         total=sum(total.values()),
         blocks=sum(n for key, n in total.items() if key not in outside),
-        tensors=len(held),
-        bytes=sum(t.numel() * t.element_size() for t in held),
+        tensors=len(tensors),
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
     )

@@ -18,7 +18,7 @@ from lowrank_ft.modules.delta import digest_of
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """Return by adapter a digest of what it depends on and checkpoints do not store; else no entry."""
+    """Return by adapter a digest of what it depends on but checkpoints do not store, if there is any."""
     by_adapter, carriers = {}, hosts(model)
     for name in adapter_names(model):
         digest = digest_of({path: host.parts[name] for path, host in carriers.items() if name in host.parts})
@@ -28,7 +28,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def check_digest(name: str, digest: str | None, expected: Mapping[str, Any]) -> None:
-    """Raise ``CheckpointError`` where an adapter's random bases are not those that it was saved with."""
+    """Raise ``CheckpointError`` if an adapter's random bases differ from those that it was saved with."""
     if digest != expected.get(name):
         raise CheckpointError(
             f"The adapter {name!r} was saved with other random bases than this package makes for it, so its "
@@ -42,9 +42,9 @@ _SAMPLE = 1 << 16  # at most this many elements of each tensor are hashed one by
 def digest_of_values(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 over the values of the base's floating-point tensors, rounded to bfloat16.
 
-    For each tensor: the sum of the bit patterns of all elements (so that every element counts) and up to
-    65,536 evenly spaced ones (so that their places count). Rounding makes a base loaded in float32 and in
-    bfloat16 the same base. A checksum against mistakes, not against an adversary.
+    For each tensor it covers the sum of the bit patterns of all elements (so that every element counts) and
+    up to 65,536 evenly spaced elements (so that their order counts). Because of the rounding, a base has the
+    same digest in float32 and in bfloat16. It is a checksum against mistakes, not against an adversary.
     """
     total = hashlib.sha256()
     for name in sorted(tensors):
@@ -59,25 +59,25 @@ def digest_of_values(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _sum(bits: Tensor) -> int:
-    """The sum in 64 bits; on the CPU by NumPy, which is eight times as fast."""
+    """The sum in 64 bits; on the CPU NumPy computes it, eight times as fast as torch."""
     return int(bits.numpy().sum(dtype="int64") if bits.device.type == "cpu" else bits.sum(dtype=torch.int64))
 
 
-CACHE_SCHEMA = 5  # version of the cache's format: raise it, and older caches are ignored
+CACHE_SCHEMA = 5  # version of the cache's format; raising it makes older caches be ignored
 
 
 def key_of(model: nn.Module, batches: Sequence[Batch]) -> str:
-    """Return a hash of a model and its calibration data; statistics are stored under it."""
+    """Return a hash of a model and its calibration data, under which statistics are stored."""
     tensors = {k: t for k, t in stock_tensors(model).items() if t.is_floating_point()}
     dtypes = sorted({str(t.dtype) for t in tensors.values()})
     config: Any = getattr(model, "config", None)
     options = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
-    apart = {"quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
+    left_out = {"quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
     return digest_of_json(
         {
             "schema": CACHE_SCHEMA,
             "model": digest_of_values(tensors),
-            "config": {name: value for name, value in options.items() if name not in apart},
+            "config": {name: value for name, value in options.items() if name not in left_out},
             "dtypes": dtypes,
             "data": batching.fingerprint(batches),
         }

@@ -16,7 +16,7 @@ from lowrank_ft.structure.replacement import Container
 
 
 class Journal:
-    """Finished layers on disk: a killed run resumes where it was, and its result is bit-identical."""
+    """Finished layers on disk: a killed run resumes after them, and its result is bit-identical."""
 
     def __init__(self, root: Path, recipe: Mapping[str, Any]) -> None:
         """Open the journal of a run.
@@ -34,7 +34,7 @@ class Journal:
         write_whole(self._path(name), tensors, {"facts": json.dumps(facts)})
 
     def read(self, name: str, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
-        """Fill the modules of a site that was finished before; None where it was not."""
+        """Fill the modules of a site from the journal and return its facts; None if it was not finished."""
         if not self._path(name).exists():
             return None
         with open_whole(self._path(name)) as file:
@@ -45,7 +45,7 @@ class Journal:
         return facts
 
     def close(self) -> None:
-        """Delete the journal of a finished run: the model has its layers now."""
+        """Delete the journal, when the run has finished."""
         shutil.rmtree(self.directory)
 
     def _path(self, name: str) -> Path:

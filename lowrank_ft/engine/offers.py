@@ -1,4 +1,4 @@
-"""The options of each site: one loop over sites for all methods, with its cache, progress and threads."""
+"""Compute the options of each site: one loop for all methods, with cache, progress bar and threads."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ R = TypeVar("R")
 def offers(
     method: Method[Any], sites: Sequence[Site], statistics: Statistics, shelf: Shelf | None = None
 ) -> dict[str, list[Option]]:
-    """Return what a method offers for each site, by the site's name.
+    """Return a method's options for each site, by the site's name.
 
     Args:
-        method: whose :meth:`~lowrank_ft.algorithms.base.Method.options` is called once for each site.
-        sites: where it acts.
-        statistics: what it asked for.
-        shelf: where options are stored; stored ones are not computed again. None keeps them, with their
-            handles, in memory.
+        method: the method; its :meth:`~lowrank_ft.algorithms.base.Method.options` is called for each site.
+        sites: the sites.
+        statistics: the statistics that the method needs.
+        shelf: stores the options; those that it has already are not computed again. None keeps options and
+            their handles in memory.
     """
     if type(method).options is Method.options:  # the method has no options of its own
         return {site.name: [] for site in sites}
 
     def of_site(number: int) -> list[Option]:
-        kept = None if shelf is None else shelf.read(number)
-        if kept is not None:
-            return kept
-        with torch.no_grad():  # the mode is set for each thread
+        stored = None if shelf is None else shelf.read(number)
+        if stored is not None:
+            return stored
+        with torch.no_grad():  # each thread has a grad mode of its own
             options = method.options(sites[number], statistics)
         return options if shelf is None else shelf.write(number, options)
 
@@ -57,12 +57,12 @@ def recipe_of(method: Method[Any], sites: Sequence[Site], gathered: Sequence[str
     """Return everything that options depend on, as plain data; a shelf is stored under its hash.
 
     Args:
-        method: with its config, of which the fields in ``spending`` are left out.
-        sites: where it acts.
+        method: the method; the fields of its config in ``spending`` are left out.
+        sites: the sites.
         gathered: names under which the statistics are stored; they contain hashes of the model and the data.
     """
     config = configs.to_dict(method.config)
-    left_out = {*type(method).spending, "calibration"}  # what statistics depend on is in their names
+    left_out = {*type(method).spending, "calibration"}  # its effect on the statistics is in their names
     return {
         "method": method.name,
         "config": {name: value for name, value in config.items() if name not in left_out},
@@ -75,7 +75,7 @@ class Shelf:
     """Options on disk: for each site one file, with the options as metadata and their handle as tensors.
 
     Attributes:
-        directory: made when something is written.
+        directory: the directory of the files; it is created by the first write.
     """
 
     def __init__(self, root: Path, recipe: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class Shelf:
         self.directory = root / f"options-{digest_of_json(recipe)}"
 
     def read(self, number: int) -> list[Option] | None:
-        """Return a site's options, their handle to be read when asked for; None where there are none.
+        """Return a site's options, whose handle is read when it is used; None if they are not stored.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -105,7 +105,7 @@ class Shelf:
                 ) from error
 
     def write(self, number: int, options: Sequence[Option]) -> list[Option]:
-        """Write a site's options, and return them with their handle on disk.
+        """Write a site's options, and return them with a handle that is read from disk.
 
         Raises:
             StorageError: the disk is full.
@@ -122,7 +122,7 @@ class Shelf:
 
 
 class Shelved(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when asked for."""
+    """The tensors of a safetensors file, each read when it is used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -144,7 +144,7 @@ class Shelved(Mapping[str, Tensor]):
 
 
 def _in_threads(function: Callable[[T], R], items: Sequence[T], what: str) -> list[R]:
-    """Apply a function to each item, one thread of torch's each on a CPU; results in order."""
+    """Apply a function to each item, in order; on a CPU as many run at once as torch has threads."""
     threads = torch.get_num_threads()
     bar: dict[str, Any] = {"desc": what, "total": len(items), "unit": "site", "leave": False}
     if threads == 1 or torch.cuda.is_available():

@@ -52,12 +52,12 @@ class Run:
     Attributes:
         model: the model, in eval mode.
         method: the method.
-        chosen: its sites.
-        batches: calibration data; empty where the method needs none.
-        root: where statistics and finished layers are kept.
+        chosen: the sites of the method.
+        batches: calibration data; empty if the method needs none.
+        root: directory for statistics and finished layers: the cache, or ``scratch`` if there is none.
         scratch: a directory that is deleted when the run ends.
         key: hash of the model and the data.
-        loss: what to differentiate, the caller's own; None for the default.
+        loss: the caller's own loss, to be differentiated; None for the default.
         name: the adapter's name, for a method that leaves one.
     """
 
@@ -72,13 +72,13 @@ class Run:
     name: str
 
     @property
-    def kept(self) -> Path:
-        """Where to store what depends on the loss: a caller's own loss has no hash, so nothing is reused."""
+    def loss_root(self) -> Path:
+        """Directory for what depends on the loss: a caller's own loss has no hash, so nothing is reused."""
         return self.root if self.loss is None else self.scratch
 
     @cached_property
     def chain(self) -> stream.Chain | None:
-        """The model's blocks, if it has a chain of them; found by a forward."""
+        """The model's chain of blocks, or None if it has none; finding it runs a forward."""
         shelf = self.scratch if self.method.config.calibration.hidden_states == "disk" else None
         return stream.find_chain(self.model, batching.take(self.batches, 1)[0], shelf)
 
@@ -94,12 +94,12 @@ def compress(
 ) -> list[dict[str, Any]]:
     """Compress the layers of ``chosen`` by ``method``; return facts on each, for the report.
 
-    If the method leaves an adapter on them, it gets this ``name``.
+    If the method leaves an adapter on them, ``name`` is the adapter's name.
 
     Raises:
-        ConfigError: data that is missing, or not looked at; a budget that cannot be met.
-        NonFiniteError: activations that are not finite.
-        StateError: the model carries adapters, or shares a weight that is to be replaced.
+        ConfigError: data is missing, or the method uses none; a budget cannot be met.
+        NonFiniteError: activations are not finite.
+        StateError: the model has adapters, or a weight to be replaced is shared.
     """
     _check_replaceable(model, chosen, method.family)
     with _begun(model, method, chosen, source, name) as run:
@@ -110,15 +110,15 @@ def compress(
 def statistics(
     model: nn.Module, method: Method[Any], chosen: list[Site], source: Source
 ) -> Iterator[Mapping[str, SiteStatistics]]:
-    """Gather what an adapter asks for, on the model without the adapters that it carries.
+    """Gather the statistics that an adapter method needs, with the model's present adapters disabled.
 
-    The statistics can be read, layer by layer, until the block ends. For a method without needs nothing is
+    They can be read, layer by layer, until the block ends. If the method needs no statistics, nothing is
     gathered.
 
     Raises:
-        ConfigError: data that is missing, or not looked at.
-        NonFiniteError: activations that are not finite.
-        StateError: a weight that is not loaded yet.
+        ConfigError: data is missing, or the method uses none.
+        NonFiniteError: activations are not finite.
+        StateError: a weight is not loaded yet.
     """
     if not method.needs():
         for site in chosen:
@@ -142,12 +142,12 @@ def _begun(
         method.check(site)
     settings = method.config.calibration
     needs = method.needs()
-    losing = {Need.OUTPUT_GRADIENT, Need.FISHER, Need.WEIGHTED_INPUT}
-    for given, what, looks in (
+    need_loss = {Need.OUTPUT_GRADIENT, Need.FISHER, Need.WEIGHTED_INPUT}
+    for argument, what, is_used in (
         (source.data, "data", bool(needs)),
-        (source.loss, "loss", bool(needs & losing)),
+        (source.loss, "loss", bool(needs & need_loss)),
     ):
-        if given is not None and not looks:
+        if argument is not None and not is_used:
             raise ConfigError(
                 f"The method {method.name!r} with these options looks at no {what}: leave out {what}=."
             )
@@ -171,8 +171,9 @@ def _check_loaded(site: Site) -> None:
 
 
 def _check_replaceable(model: nn.Module, chosen: Sequence[Site], family: Family) -> None:
-    """Raise ``StateError`` where the layers of these sites cannot be replaced."""
-    again = (Resized, Container, *((LowRank,) if family is Family.QUANTIZER else ()))
+    """Raise ``StateError`` if the layers of these sites cannot be replaced."""
+    # Resized layers can be compressed again, and low-rank layers quantised.
+    recompressible = (Resized, Container, *((LowRank,) if family is Family.QUANTIZER else ()))
     if hosts(model):
         raise StateError(
             f"The model carries the adapters {list(adapter_names(model))}. Compressing would leave "
@@ -181,7 +182,7 @@ def _check_replaceable(model: nn.Module, chosen: Sequence[Site], family: Family)
     shared = ties.shared(stock_tensors(model))
     for site in chosen:
         for name, module in zip(site.names, site.modules, strict=True):
-            if isinstance(module, Replacement) and not isinstance(module, again):
+            if isinstance(module, Replacement) and not isinstance(module, recompressible):
                 raise StateError(
                     f"{name} is compressed already: exclude it, or start from the original model."
                 )
@@ -199,10 +200,10 @@ def _run(run: Run) -> list[dict[str, Any]]:
     store = _statistics(run)
     _warn_of_few_tokens(run, store)
     shelf = Shelf(
-        run.kept, recipe_of(method, run.chosen, [run.key, *(s.directory.name for s in store.stores)])
+        run.loss_root, recipe_of(method, run.chosen, [run.key, *(s.directory.name for s in store.stores)])
     )
     shares = method.choose(run.chosen, offers(method, run.chosen, store, shelf), count(run.model))
-    journal = Journal(run.kept, _recipe(run, shares))
+    journal = Journal(run.loss_root, _recipe(run, shares))
     plan = list(zip(run.chosen, shares, strict=True))
     if settings.sequential and method.needs():
         rows = _sequential(run, plan, store, journal)
@@ -215,7 +216,7 @@ def _run(run: Run) -> list[dict[str, Any]]:
 def _at_once(
     run: Run, plan: Sequence[tuple[Site, Share]], store: StoredStatistics, journal: Journal
 ) -> list[dict[str, Any]]:
-    """Build the new modules of all sites from the unchanged model, and then put all of them in."""
+    """Build the new modules of all sites from the unchanged model, and then put all of them into it."""
     new: dict[str, dict[str, nn.Module]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for site, share in tqdm(plan, desc="Compressing", unit="site", leave=False):
@@ -227,7 +228,7 @@ def _at_once(
 
 
 def _measured(run: Run, new: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, float]:
-    """Return what each site's new modules alone do to the model's output, in nats per token, if asked for."""
+    """Return how far each site's new modules alone move the output, in nats per token; if configured."""
     settings = run.method.config.calibration
     if not settings.measure_options:
         return {}
@@ -237,20 +238,20 @@ def _measured(run: Run, new: Mapping[str, Mapping[str, nn.Module]]) -> dict[str,
 
 
 def _check_measurable(run: Run) -> None:
-    """Raise ``ConfigError`` where options are to be measured and cannot be."""
+    """Raise ``ConfigError`` if options are to be measured but cannot be."""
     settings = run.method.config.calibration
     if settings.measure_options and (settings.sequential or not run.batches):
         why = "sequential calibration" if settings.sequential else "options that look at no data"
         raise ConfigError(
-            f"calibration.measure_options runs the model with one option put in at a time, which does not go "
-            f"with {why}: leave it out."
+            f"calibration.measure_options runs the model with one option put in at a time, which is not "
+            f"possible with {why}: leave it out."
         )
 
 
 def _recipe(run: Run, shares: Sequence[Share]) -> dict[str, Any]:
     """Everything that determines the result of a run."""
     options = configs.to_dict(run.method.config)
-    # A cache can be moved, and measuring changes no result.
+    # The cache's path and measuring do not change the result.
     options["calibration"] = {**options["calibration"], "cache": None, "measure_options": False}
     return {
         "key": run.key,
@@ -263,10 +264,12 @@ def _recipe(run: Run, shares: Sequence[Share]) -> dict[str, Any]:
 
 
 def _statistics(run: Run) -> StoredStatistics:
-    """Gather what the method asks for, or find it in the cache, under a name made of all it comes from.
+    """Return the statistics that the method needs; gather those that the cache lacks.
+
+    The name of each store in the cache contains hashes of everything that its statistics depend on.
 
     Raises:
-        StorageError: the disk has no room for what is missing.
+        StorageError: the disk has no room for the missing statistics.
     """
     settings, needs = run.method.config.calibration, run.method.needs()
     few = batching.take(run.batches, settings.gradient_samples)
@@ -275,7 +278,7 @@ def _statistics(run: Run) -> StoredStatistics:
     kind = "".join(("-fisher" if fisher else "", "-weighted" if weighted else ""))
     store = StoredStatistics(
         Store(run.root / f"inputs-{run.key}"),
-        Store(run.kept / f"gradients{kind}-{tail}"),
+        Store(run.loss_root / f"gradients{kind}-{tail}"),
         Store(run.root / f"probes-{tail}-{settings.probe_samples}"),
     )
 
@@ -298,14 +301,14 @@ def _statistics(run: Run) -> StoredStatistics:
 def _check_room(
     run: Run, inputs: Mapping[str, nn.Module], gradients: Mapping[str, nn.Module], weighted: bool
 ) -> None:
-    """Raise ``StorageError`` where what is about to be gathered has no room on the disk."""
+    """Raise ``StorageError`` if the disk has no room for the statistics of these layers."""
     most = size.of_inputs(inputs) + size.of_gradients(run.model, gradients, weighted)
     if most <= shutil.disk_usage(run.root).free:
         return
-    # That is an upper bound: a forward of one sequence shows which layers share their input.
+    # Layers with the same input share moments; a forward of one sequence shows which.
     leaders = collect.shared_inputs(run.model, run.modules, run.batches[0]) if inputs else {}
-    alone = {name: module for name, module in inputs.items() if leaders.get(name, name) == name}
-    check_room(run.root, size.of_inputs(alone) + size.of_gradients(run.model, gradients, weighted))
+    distinct = {name: module for name, module in inputs.items() if leaders.get(name, name) == name}
+    check_room(run.root, size.of_inputs(distinct) + size.of_gradients(run.model, gradients, weighted))
 
 
 def _solve(
@@ -316,7 +319,7 @@ def _solve(
     journal: Journal,
     handle: Handle | None = None,
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
-    """Build and fill the new modules of one site; read them from the journal if they are there."""
+    """Build and fill the new modules of one site, or read their values from the journal if it has them."""
     nodes = dict(run.method.structure(site, share))
     for name, delta in run.method.deltas(site, share).items():
         nodes[name] = AdaptedNode({run.name: delta}, nodes[name])
@@ -338,7 +341,7 @@ def _solve(
 def _rows(
     site: Site, share: Share, new: Mapping[str, nn.Module], facts: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """What the report says of a site: one row; of a group factored layer by layer, one for each layer."""
+    """The report's rows on a site: one, or one for each layer of a group whose layers are factored."""
     one_by_one = share.rank is None and any(name in site.layers for name in share.ranks)
     if not one_by_one:
         return [_row(site, share.rank, new, share.predicted, facts)]
@@ -374,7 +377,7 @@ def _row(
 
 
 def _warn_of_few_tokens(run: Run, stored: StoredStatistics) -> None:
-    """Warn where a second moment is singular because fewer tokens were seen than it has rows."""
+    """Warn of second moments that are singular because the data has fewer tokens than they have rows."""
     short = []
     for name, module in run.modules.items():
         layer = layer_of(module)
@@ -396,7 +399,7 @@ def _warn_of_few_tokens(run: Run, stored: StoredStatistics) -> None:
 def _sequential(
     run: Run, plan: Sequence[tuple[Site, Share]], dense: StoredStatistics, journal: Journal
 ) -> list[dict[str, Any]]:
-    """Compress block by block, each on what its compressed predecessors give it."""
+    """Compress block by block, each with statistics from the outputs of the compressed blocks before it."""
     if run.chain is None:
         raise ConfigError(
             "calibration.sequential needs a model with a chain of blocks, and this one has none."
@@ -404,8 +407,8 @@ def _sequential(
     rows: dict[int, list[dict[str, Any]]] = {}
     originals = {n: m for site in run.chosen for n, m in zip(site.names, site.modules, strict=True)}
     fresh = Store(journal.directory)
-    # Input moments of the partly compressed model; the rest is the dense model's. Handles do not apply to
-    # them.
+    # Input moments come from the partly compressed model, the other statistics from the dense model. The
+    # options' handles were computed from the dense model's input moments, so they are not used.
     statistics = StoredStatistics(fresh, dense.gradients, dense.probes)
 
     def after(names: Sequence[str]) -> bool:
@@ -418,6 +421,6 @@ def _sequential(
     try:
         collect.inputs(run.model, run.chain, run.modules, run.batches, fresh, after)
     except BaseException:
-        replace(run.model, originals)  # also where only some sites were replaced
+        replace(run.model, originals)  # this is right even if only some sites were replaced
         raise
     return [row for number in range(len(plan)) for row in rows[number]]

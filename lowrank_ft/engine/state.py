@@ -1,4 +1,4 @@
-"""Questions about a model: what was put into it, what it carries, what may be done to it."""
+"""Inspect a model: its adapters, its compressed modules, its base weights, and what may be done to it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lowrank_ft.modules.layer import find_layer
 from lowrank_ft.structure.manifest import replacements
 
 SCHEMA = 1  # of the manifest in a transformers config
-QUANT_METHOD = "lowrank_ft"  # under which transformers finds the manifest in a config
+QUANT_METHOD = "lowrank_ft"  # the name by which transformers finds this package's loader for a config
 FACTS = "layers changed"
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass
 class State:
-    """What the engine must remember about a wrapped model; everything else is read from the model.
+    """The state that the engine keeps for a wrapped model; everything else is read from the model itself.
 
     Attributes:
         trainable: stock names of the parameters that required a gradient before the first wrap.
         recipes: for each adapter, the method and the options that made it, as JSON data.
-        merged: what :func:`merge` took out, for :func:`unmerge`; None when nothing is merged.
+        merged: the hosts that :func:`merge` replaced, for :func:`unmerge`; None if nothing is merged.
         untied: whether :func:`merge` broke the tie of the embeddings.
     """
 
@@ -43,7 +43,7 @@ def hosts(model: nn.Module) -> dict[str, Host]:
 
 
 def compressed(model: nn.Module) -> list[str]:
-    """Return the names of the compressed modules: those replaced by more than a host of adapters."""
+    """Return the names of the compressed modules: all replaced ones but hosts with a stock base."""
     replaced = replacements(model).items()
     return [n for n, m in replaced if not isinstance(m, Host) or m.base_node().kind != "dense"]
 
@@ -59,7 +59,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def check_whole(model: nn.Module, active: Collection[str]) -> None:
-    """Raise ``StateError`` where an adapter that holds part of the weights would be inactive."""
+    """Raise ``StateError`` if an adapter that holds part of the weights would be inactive."""
     for name in _carrying(model):
         if name not in active:
             raise StateError(
@@ -89,7 +89,7 @@ def require_adapter(model: nn.Module, name: str) -> None:
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and persistent buffer of the base model by its stock name.
 
-    A tied tensor is listed under each of its names; adapters and markers are left out.
+    A tied tensor is listed under each of its names; tensors of adapters are left out.
     """
     host_names = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Host)}
     tensors: dict[str, Tensor] = {}
@@ -109,15 +109,15 @@ def prefixes(key: str) -> Iterator[str]:
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """Return the keys of ``state_dict`` that no adapter owns: the base, which training leaves as it is."""
+    """Return the keys of ``state_dict`` that belong to no adapter: the base, which is not trained."""
     carriers = hosts(model)
     base = tuple(f"{name}.base." for name in carriers)
-    owned = tuple(f"{name}." for name in carriers)
-    return {key for key in model.state_dict() if key.startswith(base) or not key.startswith(owned)}
+    in_hosts = tuple(f"{name}." for name in carriers)
+    return {key for key in model.state_dict() if key.startswith(base) or not key.startswith(in_hosts)}
 
 
 def state_of(model: nn.Module) -> State:
-    """Return what the engine remembers of a wrapped model.
+    """Return the engine's state of a wrapped model.
 
     Raises:
         StateError: the model is not wrapped.
@@ -129,7 +129,7 @@ def state_of(model: nn.Module) -> State:
 
 
 def check_can_wrap(model: nn.Module, name: str) -> None:
-    """Raise ``StateError`` or ``ConfigError`` where no adapter ``name`` can be put on the model."""
+    """Raise ``StateError`` or ``ConfigError`` if no adapter ``name`` can be put on the model."""
     if not _ADAPTER_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"An adapter cannot be called {name!r}: use letters, digits, - and _ ('math-v2').")
     if name in adapter_names(model):
@@ -141,7 +141,7 @@ def check_can_wrap(model: nn.Module, name: str) -> None:
 
 
 def check_can_change(model: nn.Module) -> None:
-    """Raise ``StateError`` where nothing can be put into the model as it is now."""
+    """Raise ``StateError`` if no module of the model can be replaced in its present state."""
     state = model.__dict__.get("_lowrank_ft")
     if state is not None and state.merged is not None:
         raise StateError(
@@ -169,7 +169,7 @@ def check_can_change(model: nn.Module) -> None:
 def stages_of(model: nn.Module) -> list[dict[str, Any]]:
     """Return the stages that compressed a model: method, options, and facts on each layer.
 
-    The facts are those of this process: a checkpoint keeps methods and options.
+    Facts are lost when the model is saved: a checkpoint keeps only methods and options.
     """
     return list(model.__dict__.get("_lowrank_ft_stages", ()))
 
@@ -180,7 +180,7 @@ def recipes_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def replaced_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of replaced modules by their names in the model."""
+    """Return the tensors of all replaced modules, by their names in the model."""
     prefixes = tuple(f"{name}." for name in replacements(model))
     return {key: t for key, t in model.state_dict(keep_vars=True).items() if key.startswith(prefixes)}
 

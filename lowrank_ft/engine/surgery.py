@@ -38,21 +38,21 @@ from lowrank_ft.structure.replacement import Container, Factored, Replacement
 def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """Replace stock modules by name; a module that contains others is replaced before them.
 
-    A container that is in place already is kept, with its children.
+    A container is not replaced by another container: the present one stays, with its children.
     """
     outer = {name for name in new if any(other.startswith(f"{name}.") for other in new)}
     for names in (outer, new.keys() - outer):
         owners, modules = owners_of(model), sites.stock_modules(model)
         for name, module in new.items():
-            stands = isinstance(module, Container) and isinstance(modules[name], Container)
-            if name in names and not stands:
+            stays = isinstance(module, Container) and isinstance(modules[name], Container)
+            if name in names and not stays:
                 put_in_place(owners, modules[name], module)
     ties.rename(model)
 
 
 @contextmanager
 def in_place(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Run the block with modules in the place of stock ones, by name; nothing else of the model changes."""
+    """Run the block with these modules instead of the stock ones, by name; nothing else changes."""
     stock = sites.stock_modules(model)
     before = {name: stock[name] for name in new}
     replace(model, new)
@@ -64,10 +64,10 @@ def in_place(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def multiplied_out(model: nn.Module) -> Iterator[None]:
-    """Run the block with a stock layer of the stock size in the place of each compressed one.
+    """Run the block with each compressed layer replaced by a stock layer of the stock size.
 
     Raises:
-        StateError: a bias where the stock model has none.
+        StateError: a layer has a bias, but its stock layer has none.
     """
     kinds = (Factored, Resized, Container, Quantized)
     compressed = {name: module for name, module in replacements(model).items() if isinstance(module, kinds)}
@@ -76,7 +76,7 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
         raise StateError(
             f"{extra[0]} has a bias that a stock {type(model).__name__} cannot hold ({len(extra)} such "
             f"layers): it came with centered=True, or with the values' bias folded into the output. Compress "
-            f"without the one, or leave the value and output projections out."
+            f"without centered=True, or leave out the value and output projections."
         )
     with instead(model, {name: module.dense() for name, module in compressed.items()}):
         yield
@@ -84,7 +84,7 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def instead(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Run the block with modules in the place of replaced ones, by name."""
+    """Run the block with these modules instead of the replaced ones, by name."""
     replaced = replacements(model)
     before = {name: replaced[name] for name in new}
     replace(model, new)
@@ -101,22 +101,22 @@ def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False)
 
     Args:
         model: the model they are for.
-        nodes: structure by stock module name.
+        nodes: nodes by stock module name.
         on_meta: build shapes only, so that an untrusted checkpoint cannot make this allocate memory.
 
     Raises:
-        TargetError: a name the model lacks, or a module that cannot be adapted or lies inside one that
-            another adapter trains in full.
-        StateError: a weight that is not loaded yet.
+        TargetError: the model has no such module, or it cannot be adapted, or lies inside one that another
+            adapter trains in full.
+        StateError: a weight is not loaded yet.
     """
     modules = sites.stock_modules(model)
-    taken = hosts(model)
+    carriers = hosts(model)
     built: dict[str, nn.Module] = {}
     for path, node in nodes.items():
         if path not in modules:
             raise TargetError(f"The model has no module {path!r}.{did_you_mean(path, modules)}")
-        inside = [other for other in prefixes(path) if other in taken or other in nodes]
-        around = [other for other in taken if other.startswith(f"{path}.")]
+        inside = [other for other in prefixes(path) if other in carriers or other in nodes]
+        around = [other for other in carriers if other.startswith(f"{path}.")]
         if inside or around:
             raise TargetError(
                 f"{path} and {(inside + around)[0]} cannot both be adapted: one lies inside the other."
@@ -128,7 +128,7 @@ def build(model: nn.Module, nodes: Mapping[str, Node], *, on_meta: bool = False)
                 f"{path} holds compressed layers, of which no trained copy can be saved: name layers outside "
                 f"them in modules_to_save."
             )
-        host = taken.get(path)
+        host = carriers.get(path)
         if host is not None and isinstance(host, TrainedCopy) is not isinstance(node, CopyNode):
             raise TargetError(f"{path} is adapted by one adapter and trained in full by another.")
         if any(p.is_meta for p in modules[path].parameters()):
@@ -155,7 +155,7 @@ def commit(
     parts: Mapping[str, nn.Module],
     recipe: dict[str, Any],
 ) -> None:
-    """Put built parts into the model under the adapter ``name``, make it the active one, freeze the rest."""
+    """Attach built parts to the model as the adapter ``name``, activate only it, and freeze the rest."""
     if "_lowrank_ft" not in model.__dict__:
         model.__dict__["_lowrank_ft"] = State(trainable_names(model))
     modules, existing, owners = sites.stock_modules(model), hosts(model), owners_of(model)
@@ -173,7 +173,7 @@ def commit(
 
 
 def restore_structure(model: nn.Module, nodes: Mapping[str, Node]) -> None:
-    """Build a manifest's modules on an empty model, in place of the stock ones (for ``from_pretrained``).
+    """Replace the stock modules of an empty model by a manifest's modules (for ``from_pretrained``).
 
     Raises:
         CheckpointError: the model lacks a module that the manifest names.
@@ -188,7 +188,7 @@ def restore_structure(model: nn.Module, nodes: Mapping[str, Node]) -> None:
 
 
 def trained_copies(model: nn.Module, patterns: Sequence[str], adapted: Collection[str]) -> dict[str, Node]:
-    """Copies of the modules to train in full, and of the batch norms, whose statistics move in training."""
+    """Return nodes of copies: of modules to train in full, and of batch norms, whose statistics change."""
     saved = sites.find_modules(model, patterns, "modules_to_save")
     shared = ties.shared(stock_tensors(model))
     for name, module in saved.items():
@@ -214,7 +214,7 @@ Owners = dict[int, list[tuple[nn.Module, str]]]
 
 
 def owners_of(model: nn.Module) -> Owners:
-    """Return, for each module, every place that holds it: a module can have several names."""
+    """Return for the id of each module every parent and attribute name: a module can have several."""
     owners: Owners = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
@@ -224,16 +224,16 @@ def owners_of(model: nn.Module) -> Owners:
 
 
 def put_in_place(owners: Owners, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module at every place that holds it."""
+    """Replace a module in all of its parents."""
     for parent, attribute in owners[id(old)]:
         parent._modules[attribute] = new
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Freeze every parameter that no adapter owns."""
-    ours = {id(p) for host in hosts(model).values() for p in host.parts.parameters()}
+    """Freeze every parameter that belongs to no adapter."""
+    in_adapters = {id(p) for host in hosts(model).values() for p in host.parts.parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in ours:
+        if id(parameter) not in in_adapters:
             parameter.requires_grad_(False)
 
 
@@ -245,13 +245,13 @@ def restore_trainable(model: nn.Module, names: frozenset[str]) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Delete the state of a model that has no adapter left, and restore its parameters' ``requires_grad``."""
+    """Delete the state of a model without adapters, and restore its parameters' ``requires_grad``."""
     restore_trainable(model, state_of(model).trainable)
     del model.__dict__["_lowrank_ft"]
 
 
 def write_config(model: nn.Module) -> None:
-    """Keep the manifest in a transformers config, so that the user's own ``save_pretrained`` can reload."""
+    """Write the manifest to the transformers config, so that ``save_pretrained`` saves it for reloading."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_diff_dict"):
         return

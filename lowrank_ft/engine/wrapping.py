@@ -53,18 +53,18 @@ def wrap(
         model: any ``nn.Module``.
         method: a method's name, with its options as keywords; a config object; or a list of config objects.
         name: the adapter's name. Several adapters can live on one model under different names.
-        targets: which layers (see :func:`lowrank_ft.anatomy.sites.select`).
-        exclude: which of them not.
-        layers: block indices to keep.
-        data: calibration data, for methods that look at any.
+        targets: the layers to act on (see :func:`lowrank_ft.anatomy.sites.select`).
+        exclude: layers to leave out of ``targets``.
+        layers: indices of the blocks to act on; all by default.
+        data: calibration data, for methods that need it.
         tokenizer: turns texts in ``data`` into tokens.
-        loss: what to differentiate, for methods that need gradients.
+        loss: the loss to differentiate, for methods that need gradients.
         **options: the fields of the method's config.
 
     Raises:
         RegistryError: no such method.
-        ConfigError: an option that is unknown, ill-typed or out of range; data for a method that takes none.
-        TargetError: targets that match nothing, or layers that cannot be adapted.
+        ConfigError: an option that is unknown, ill-typed or out of range; data for a method that uses none.
+        TargetError: targets match nothing, or layers that cannot be adapted.
         StateError: the name is taken; the model is compiled, quantised, merged or on ``meta``.
     """
     stages = _stages(method, options)
@@ -74,33 +74,35 @@ def wrap(
         raise ConfigError(
             f"The method {names} takes no calibration data: leave out data, tokenizer and loss."
         )
-    where = Targets(targets, exclude, layers if layers is None or isinstance(layers, int) else tuple(layers))
+    selection = Targets(
+        targets, exclude, layers if layers is None or isinstance(layers, int) else tuple(layers)
+    )
     with adopted(model):
         if any(stage.trains for stage in stages):
             check_can_wrap(model, name)
         check_can_change(model)
         for stage in stages:
-            # In a stack only some stages may need the data.
-            given = source if len(stages) == 1 or stage.needs() else Source()
-            _put(model, stage, where, name, given)
+            # Of several stages, those that need no data would refuse it.
+            stage_source = source if len(stages) == 1 or stage.needs() else Source()
+            _put(model, stage, selection, name, stage_source)
     return model
 
 
 def requantize(model: ModelT, *, data: Any = None, tokenizer: Any = None, loss: Any = None) -> ModelT:
-    """Merge the active adapters into the weights, and quantise those again as they were before.
+    """Merge the active adapters into the weights, and quantise these again as before.
 
-    After training, an adapter of a quantised base becomes part of it; LQ-LoRA splits the sum anew. The last
-    quantising stage runs again with its own options, and its report says what it left.
+    So a trained adapter becomes part of the quantised base; LQ-LoRA splits the sum again. The last quantising
+    stage runs again with its own options, and its report has the remaining errors.
 
     Args:
         model: a model with a quantised base and adapters on it.
-        data: calibration data, where that stage looks at any; see :func:`wrap`.
+        data: calibration data, if that stage needs any; see :func:`wrap`.
         tokenizer: turns texts in ``data`` into tokens.
-        loss: what to differentiate.
+        loss: the loss to differentiate.
 
     Raises:
         StateError: no stage has quantised the model, or there is no adapter to merge.
-        ConfigError: data that is missing, or not looked at.
+        ConfigError: data is missing, or the stage uses none.
     """
     stages = stages_of(model)
     quantising = [s for s in stages if registry.methods[s["method"]].family is Family.QUANTIZER]
@@ -114,13 +116,13 @@ def requantize(model: ModelT, *, data: Any = None, tokenizer: Any = None, loss: 
         raise ConfigError(f"The method {cls.name!r} that quantised this model {state}.")
     merge(model, reversible=False)
     model.__dict__["_lowrank_ft_stages"] = [stage for stage in stages if stage is not last]
-    where: dict[str, Any] = {key: last[key] for key in ("targets", "exclude", "layers")}
+    selection: dict[str, Any] = {key: last[key] for key in ("targets", "exclude", "layers")}
     name = names[0] if method.trains else "default"
-    return wrap(model, method.config, name=name, data=data, tokenizer=tokenizer, loss=loss, **where)
+    return wrap(model, method.config, name=name, data=data, tokenizer=tokenizer, loss=loss, **selection)
 
 
 def calibration_of(config: MethodConfig) -> Calibration | None:
-    """Return how much data a method looks at with these options; None where it looks at none."""
+    """Return how much calibration data a method uses with these options; None if it uses none."""
     settings: Calibration | None = getattr(config, "calibration", None)
     return settings if _method_for(config).needs() else None
 
@@ -133,7 +135,7 @@ def trains(config: MethodConfig) -> bool:
 def _stages(
     method: str | MethodConfig | Sequence[MethodConfig], options: Mapping[str, Any]
 ) -> list[Method[Any]]:
-    """Turn what ``wrap`` was given into methods with checked configs, in an order that can be applied."""
+    """Return the methods that the arguments of ``wrap`` name, with checked configs and in a checked order."""
     if isinstance(method, str):
         return [_with_options(registry.methods[method], options)]
     if options:
@@ -141,10 +143,10 @@ def _stages(
         raise ConfigError(
             f"Pass {names} in the config object, or the method by name with options as keywords."
         )
-    given = [method] if isinstance(method, MethodConfig) else list(method)
-    if not given:
+    method_configs = [method] if isinstance(method, MethodConfig) else list(method)
+    if not method_configs:
         raise ConfigError("The list of methods is empty.")
-    stages = [_method_for(config) for config in given]
+    stages = [_method_for(config) for config in method_configs]
     order = [stage.family.value for stage in stages]
     if order != sorted(order) or sum(stage.trains for stage in stages) > 1:
         listing = ", ".join(f"{stage.name} ({stage.family.name.lower()})" for stage in stages)
@@ -166,15 +168,15 @@ def _method_for(config: MethodConfig) -> Method[Any]:
 
 
 def _with_options(cls: Any, options: Mapping[str, Any]) -> Method[Any]:
-    """Return a method of a registered class, its options checked."""
+    """Return a method of a registered class, with checked options."""
     method: Method[Any] = cls(configs.parse(cls.Config, options, what=f"The method {cls.name!r}"))
     return method
 
 
-def _put(model: nn.Module, stage: Method[Any], where: Targets, name: str, source: Source) -> None:
-    """Apply one stage to the layers that are targeted."""
-    chosen = stage.sites(model, where.select(model))
-    recipe = {"method": stage.name, "options": configs.to_dict(stage.config), **configs.to_dict(where)}
+def _put(model: nn.Module, stage: Method[Any], selection: Targets, name: str, source: Source) -> None:
+    """Apply one stage to the targeted layers."""
+    chosen = stage.sites(model, selection.select(model))
+    recipe = {"method": stage.name, "options": configs.to_dict(stage.config), **configs.to_dict(selection)}
     change = _adapt if stage.family is Family.ADAPTER else _compress
     change(model, stage, chosen, name, recipe, source)
 
@@ -187,7 +189,7 @@ def _adapt(
     recipe: dict[str, Any],
     source: Source,
 ) -> None:
-    """Put an adapter on: statistics, options, structure, build, values, and only then change the model."""
+    """Compute an adapter (statistics, options, structure, values), and only then change the model."""
     nodes = _copies(model, method, chosen)
     with pipeline.statistics(model, method, chosen, source) as statistics:
         shares = method.choose(chosen, offers(method, chosen, statistics), Counts(0, 0))
@@ -210,9 +212,7 @@ def _compress(
     trainable, copies = trainable_names(model), _copies(model, method, chosen)
     facts = pipeline.compress(model, method, chosen, source, name)
     model.__dict__["_lowrank_ft_stages"] = [*stages_of(model), {**recipe, FACTS: facts}]
-    if (
-        method.trains
-    ):  # the compression has put its adapter in place already, except for the modules trained in full
+    if method.trains:  # its adapter is in place already; only the modules trained in full are missing
         model.__dict__["_lowrank_ft"] = State(trainable)
         commit(model, name, copies, build(model, copies), recipe)
     write_config(model)

@@ -1,4 +1,4 @@
-"""A layer with any number of adapters on it, of which some are active."""
+"""A layer with any number of adapters, some of them active."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lowrank_ft.structure.replacement import Factored
 @register_node
 @dataclass(frozen=True)
 class AdaptedNode(Node):
-    """A layer (``base``: dense, or what a compressor left) with named adapters (``deltas``) on it."""
+    """A layer (``base``: dense or compressed) with named adapters (``deltas``)."""
 
     kind: ClassVar[str] = "adapted"
     deltas: Mapping[str, DeltaNode]
     base: Node = field(default_factory=DenseNode)
 
     def build(self, module: nn.Module, name: str = "") -> Adapted:
-        """Build the base, and the deltas on it."""
+        """Build the base, and attach the deltas to it."""
         host = Adapted(self.base.build(module, name))
         for adapter, node in self.deltas.items():
             host.attach(adapter, node, node.build(host.base, name))
@@ -40,9 +40,9 @@ class Adapted(Host):
     """``y = gain ∘ (W x + Σ ΔW x) + b`` over the active adapters.
 
     Attributes:
-        base: the layer, its weight untouched.
+        base: the layer; its weight is never changed.
         parts: the adapters by name.
-        active: names of the adapters that take part in the forward.
+        active: names of the adapters that the forward uses.
     """
 
     nodes: dict[str, DeltaNode]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class Adapted(Host):
         return {name: cast(Delta, part) for name, part in self.parts.items()}
 
     def check_active(self, names: Sequence[str]) -> None:
-        """Refuse two adapters at once where one rescales the whole weight, since they would not add up."""
+        """Refuse two active adapters if one rescales the whole weight, since their updates do not add up."""
         rescaling = [n for n in names if n in self.parts and self.deltas[n].rescales]
         if rescaling and len(names) > 1:
             raise StateError(
@@ -85,9 +85,9 @@ class Adapted(Host):
         return out if gain is None else self._rescale(out, gain)
 
     def merged(self) -> nn.Module:
-        """Return the layer with the active adapters in its weight, summed in float32, rounded once.
+        """Return the layer with the active updates added to its weight in float32, rounded once.
 
-        A layer that is factored already stays factored, with a larger rank, if every update is low-rank.
+        A factored layer stays factored, with a larger rank, if every update is low-rank.
         """
         deltas = cast("tuple[Delta, ...]", self.running)
         if not deltas:
@@ -108,13 +108,13 @@ class Adapted(Host):
             return self.layer.clone_with(total.to(weight.dtype))
 
     def _fused(self, x: Tensor, deltas: tuple[Delta, ...]) -> Tensor | None:
-        """Run everything in one kernel where the layer is a plain frozen one and every update is low-rank."""
+        """Run layer and updates in one kernel; None if the layer is not plain or an update not low-rank."""
         frozen_weight, bias = self.layer.frozen(), self.layer.bias
         if frozen_weight is None:
             return None
         frozen, weight = frozen_weight
         if len(deltas) > 1 and any(delta.drops for delta in deltas):
-            return None  # each adapter drops its own input
+            return None  # each adapter drops other elements of the input, and the kernel takes one input
         forms = [delta.as_lora() for delta in deltas]
         dtype = _compute_dtype(x, self.layer.weight)
         if dtype is None or any(form is None for form in forms):
@@ -126,9 +126,9 @@ class Adapted(Host):
         return low_rank_linear(x, weight, bias, A, B, scale, frozen=frozen, dropped=dropped)
 
     def _joined(self, x: Tensor, deltas: tuple[Delta, ...]) -> Tensor | None:
-        """Run the layer once, with the updates added to its weight, where that is less work and as exact.
+        """Run the layer once with the updates added to its weight; None if that is more work or less exact.
 
-        A half-precision weight would round small updates away.
+        In a half-precision weight, small updates would be lost to rounding.
         """
         layer, weight = self.layer, self.layer.weight
         if weight.dtype in (torch.float16, torch.bfloat16) or not layer.is_bare:
@@ -140,7 +140,7 @@ class Adapted(Host):
         return layer.run_with(x, weight)
 
     def _rescale(self, out: Tensor, gain: Tensor) -> Tensor:
-        """Multiply the output without its bias by ``gain``, exactly the identity where ``gain`` is one."""
+        """Multiply the output without its bias by ``gain``; where ``gain`` is 1, no bit changes."""
         gain = self.layer.per_channel(gain.to(out.dtype))
         if self.layer.bias is None:
             return out * gain
@@ -149,7 +149,7 @@ class Adapted(Host):
 
 
 def _summed(forms: list[LowRankForm]) -> LowRankForm:
-    """Join several updates into one whose rank is the sum of theirs."""
+    """Combine several updates into one, whose rank is the sum of their ranks."""
     if len(forms) == 1:
         return forms[0]
     A = torch.cat([form.A for form in forms])
@@ -158,7 +158,7 @@ def _summed(forms: list[LowRankForm]) -> LowRankForm:
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype a linear layer would compute in; None where the stock one would refuse."""
+    """The dtype a linear layer would compute in; None if the stock layer would raise."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

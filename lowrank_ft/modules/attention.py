@@ -1,4 +1,4 @@
-"""Attention whose heads lost some of their dimensions: of queries and keys, or of values, or of both."""
+"""Attention with narrower heads: some dimensions of queries and keys, or of values, were removed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lowrank_ft.structure.node import Node
 from lowrank_ft.structure.registry import register_node
 from lowrank_ft.structure.replacement import Container
 
-# Families whose attention reads the sliding window from the config, not from an attribute.
+# Families whose attention reads the sliding window from the config, not from an attribute of the module.
 _WINDOW_OF_CONFIG = ("mistral", "phi3")
-# Families that scale queries before the product with the keys, which can overflow in float16 otherwise.
+# Families that scale queries before the product with the keys, which could overflow in float16 otherwise.
 _SCALES_QUERIES = ("opt",)
 
 
@@ -29,13 +29,13 @@ _SCALES_QUERIES = ("opt",)
 class AttentionNode(Node):
     """An attention module whose projections are resized.
 
-    This node holds the names of the projections. Their sizes are in their own nodes.
+    The node holds the names of the projections. Their sizes are in their own nodes.
 
     Attributes:
         q, k, v: the projections.
-        o: the layer after the heads; empty where it stands outside of the module.
-        qkv: the one projection that stands for all of q, k and v.
-        split: how many of its outputs are queries, keys and values.
+        o: the output projection; empty if it lies outside of the module.
+        qkv: the fused projection that replaces q, k and v; empty if there is none.
+        split: how many outputs of the fused projection are queries, keys and values.
     """
 
     kind: ClassVar[str] = "attention"
@@ -50,7 +50,7 @@ class AttentionNode(Node):
         """Build the module; its children are those of ``module``, which are replaced afterwards.
 
         Raises:
-            TargetError: the module lacks a projection, or is not one that attends.
+            TargetError: the module lacks a projection, or is not an attention module.
         """
         parts = [self.qkv] if self.qkv else [self.q, self.k, self.v]
         missing = [part for part in (*parts, self.o) if part and part not in module._modules]
@@ -65,13 +65,13 @@ class AttentionNode(Node):
 class ResizedAttention(Container):
     """Attention with heads of any width.
 
-    It computes what the stock module computes, with three differences: the width of queries and keys may be
-    another than that of values; scores are scaled by the stock module's factor (``1/√h`` of the *original*
-    head, not of what is left); and the rotary embedding turns each pair by the angle it had in the original
-    head. The indices come from the projections (``Resized.rows``).
+    It computes the stock module's function with three differences: the width of queries and keys may differ
+    from that of values; scores are scaled by the stock factor (``1/√h`` for the *original* head width h, not
+    the reduced one); and the rotary embedding rotates each pair of dimensions by its angle in the original
+    head. The indices of the kept dimensions come from the projections (``Resized.rows``).
 
     Attributes:
-        node: what the projections are called.
+        node: the names of the projections.
     """
 
     def __init__(self, node: AttentionNode, stock: nn.Module) -> None:
@@ -79,11 +79,11 @@ class ResizedAttention(Container):
         self.node = node
         self._modules.update(stock._modules)
         shell = copy.copy(stock)  # it has the attributes of the stock module, but no weights
-        for patched in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, bound to the stock module
+        for patched in ("forward", "_hf_hook", "_old_forward"):  # accelerate binds these to the stock module
             shell.__dict__.pop(patched, None)
         shell._modules = dict.fromkeys(stock._modules)
         self.__dict__["_shell"] = shell
-        self.__dict__["_takes"] = tuple(inspect.signature(type(stock).forward).parameters)[2:]
+        self.__dict__["_arguments"] = tuple(inspect.signature(type(stock).forward).parameters)[2:]
         self.train(stock.training)
 
     def structure(self) -> AttentionNode:
@@ -105,50 +105,53 @@ class ResizedAttention(Container):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Compute attention.
 
         Args:
             hidden_states: ``(batch, tokens, width)``.
-            *args: what the stock module takes by position, in its order.
+            *args: the stock module's positional arguments, in its order.
             position_embeddings: cosines and sines, ``(batch, tokens, h)``; None without rotary embedding.
-            attention_mask: what the model made for its attention backend.
+            attention_mask: the mask that the model made for its attention backend.
             past_key_values: a cache; it holds keys and values of the reduced widths.
-            **kwargs: passed to the attention backend, without the arguments that the stock forward consumes.
+            **kwargs: passed to the attention backend, except for arguments of the stock forward.
+
+        Returns:
+            the output, ``(batch, tokens, width)``, and the backend's attention weights or None.
 
         Raises:
-            StateError: attention weights are asked for.
+            StateError: attention weights are requested.
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        takes: tuple[str, ...] = self.__dict__["_takes"]
+        stock_arguments: tuple[str, ...] = self.__dict__["_arguments"]
         if args:
             named: dict[str, Any] = {
                 "position_embeddings": position_embeddings,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
             }
-            named.update(zip(takes, args, strict=False))
+            named.update(zip(stock_arguments, args, strict=False))
             return self.forward(hidden_states, **named, **kwargs)
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise StateError(
-                "transformers records attention weights by the class of the stock module, and would leave "
-                "out those of resized ones. Ask the dense model, or what export(model, dir, 'dense') writes."
+                "transformers records attention weights by the class of the stock module, and would omit "
+                "those of resized modules. Use the dense model, or the one that export(model, dir, 'dense') "
+                "writes."
             )
         query, key, value = self._projected(hidden_states)
         if position_embeddings is not None:
-            query, key = self._turned(query, key, position_embeddings)
+            query, key = self._rotated(query, key, position_embeddings)
         if past_key_values is not None:
             cache = getattr(past_key_values, "self_attention_cache", past_key_values)
             key, value = cache.update(key, value, self.layer_idx)
         backend = self.config._attn_implementation
-        own = getattr(sys.modules[type(self.__dict__["_shell"]).__module__], "eager_attention_forward", None)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(backend, own)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(backend, self._eager_forward())
         if backend == "eager" and getattr(self, "reorder_and_upcast_attn", False):  # GPT-2's option
             query, key = query.float(), key.float()
         scaling = self.scaling
         if self.config.model_type in _SCALES_QUERIES:
             query, scaling = query * scaling, 1.0
-        kwargs = {name: value for name, value in kwargs.items() if name not in takes}
+        kwargs = {name: value for name, value in kwargs.items() if name not in stock_arguments}
         if hasattr(self, "sliding_window"):
             kwargs["sliding_window"] = self.sliding_window
         elif self.config.model_type in _WINDOW_OF_CONFIG:
@@ -167,6 +170,11 @@ class ResizedAttention(Container):
     def _child(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
 
+    def _eager_forward(self) -> Any:
+        """The eager attention function of the model family, if its file defines one."""
+        family = sys.modules[type(self.__dict__["_shell"]).__module__]
+        return getattr(family, "eager_attention_forward", None)
+
     @property
     def _key_heads(self) -> int:
         if self.node.qkv:
@@ -176,25 +184,25 @@ class ResizedAttention(Container):
 
     @property
     def _groups(self) -> int:
-        """Query heads that read one key head."""
+        """Number of query heads for each key head."""
         return int(getattr(self, "num_key_value_groups", 1))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, ``(batch, heads, tokens, width of a head)``."""
-        node, heads = self.node, self._key_heads
+        node, key_heads = self.node, self._key_heads
         if node.qkv:
             query, key, value = torch.split(self._child(node.qkv)(x), list(node.split), -1)
         else:
             query, key, value = (self._child(name)(x) for name in (node.q, node.k, node.v))
-        query = self._normed("q_norm", query.view(*x.shape[:-1], heads * self._groups, -1))
-        key = self._normed("k_norm", key.view(*x.shape[:-1], heads, -1))
-        value = value.view(*x.shape[:-1], heads, -1)
+        query = self._normed("q_norm", query.view(*x.shape[:-1], key_heads * self._groups, -1))
+        key = self._normed("k_norm", key.view(*x.shape[:-1], key_heads, -1))
+        value = value.view(*x.shape[:-1], key_heads, -1)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _normed(self, norm: str, x: Tensor) -> Tensor:
         return self._child(norm)(x) if norm in self._modules else x
 
-    def _turned(self, query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotated(self, query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys by the angles of the dimensions that were kept."""
         cos, sin = (self._angles(part) for part in angles)
         key = _rotate(key, cos, sin)
@@ -213,7 +221,7 @@ class ResizedAttention(Container):
         return part[..., kept].transpose(1, 2)
 
     def _dropout(self) -> float:
-        """What the stock module drops of the attention weights while it trains."""
+        """The stock module's dropout probability for attention weights."""
         for name in ("attention_dropout", "attn_dropout", "dropout"):
             dropout = getattr(self, name, None)
             if dropout is not None:

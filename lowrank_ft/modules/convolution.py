@@ -1,4 +1,4 @@
-"""Convolutions, seen as one matrix: the unfolded kernel, or as a tensor with its axes."""
+"""Views of convolutions: as a matrix, the unfolded kernel, or as a tensor, the stored kernel."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ConvLayer(Layer):
     """``nn.Conv1d/2d/3d`` with any stride, padding, dilation and groups.
 
     The matrix is the unfolded kernel, ``out × (in/groups · k…)``. Without groups ``B A`` runs as a
-    convolution to ``r`` channels and a 1×1 convolution; with groups as one convolution by the small dense
-    product, since factored execution would carry ``r`` channels for every group.
+    convolution to ``r`` channels and a 1×1 convolution. With groups it runs as one convolution with the small
+    dense product, since factored execution would need ``r`` channels for every group.
     """
 
     kind = "conv"
@@ -31,17 +31,17 @@ class ConvLayer(Layer):
 
     @property
     def groups(self) -> int:
-        """Groups of channels that do not see each other."""
+        """Number of groups of the convolution."""
         return self.module.groups
 
     @property
     def spatial(self) -> int:
-        """Dimensions of the kernel."""
+        """Number of spatial dimensions."""
         return self.weight.dim() - 2
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The stored axes: ``out``, ``in`` (of one group), and the kernel's."""
+        """The stored axes: ``out``, ``in`` (of one group), and those of the kernel."""
         return ("out", "in", *(f"kernel{i}" for i in range(self.spatial)))
 
     @property
@@ -53,7 +53,7 @@ class ConvLayer(Layer):
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The stored weight's."""
+        """The shape of the stored weight."""
         return tuple(self.weight.shape)
 
     def tensor_to_matrix(self, tensor: Tensor) -> Tensor:
@@ -66,14 +66,14 @@ class ConvLayer(Layer):
         return matrix.reshape(-1, *self.weight.shape[1:])
 
     def rows(self, x: Tensor) -> Tensor:
-        """The patches, by the layer's own forward (stride, padding) with one kernel for each entry.
+        """Return the patches: the layer's own forward (stride, padding) with a one-hot kernel for each entry.
 
         Raises:
-            TargetError: a convolution with groups, whose matrix multiplies other patches in each.
+            TargetError: a convolution with groups, where each group has its own patches.
         """
         if self.groups > 1:
             raise TargetError(
-                f"A convolution with groups={self.groups} has no one matrix of patches: exclude it."
+                f"A convolution with groups={self.groups} has other patches in each group: exclude it."
             )
         eye = torch.eye(self.in_features, dtype=x.dtype, device=x.device)
         return self.output_rows(self.run(x, self.to_weight(eye)))
@@ -98,7 +98,7 @@ class ConvLayer(Layer):
         return cast(Tensor, cast(Any, self.module)._conv_forward(x, weight, bias))
 
     def positions(self, x: Tensor) -> tuple[int, int]:
-        """Return how many positions the input has and the output will have, batch included; but for borders.
+        """Return the number of positions of the input and of the output, batch included, borders ignored.
 
         Args:
             x: the layer's input.
@@ -109,7 +109,7 @@ class ConvLayer(Layer):
         return samples * math.prod(before), samples * math.prod(after)
 
     def _strided(self, size: int, step: int) -> int:
-        """The size of a side after a stride."""
+        """The output size along an axis of this size and stride."""
         return -(-size // step)
 
     def run_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -120,13 +120,13 @@ class ConvLayer(Layer):
     def run_tucker(self, x: Tensor, outer: Tensor | None, core: Tensor, inner: Tensor | None) -> Tensor:
         """Apply ``core ×_out outer ×_in inner`` without forming it: 1×1, a small convolution, 1×1.
 
-        With groups each of the three has as many, so every group carries the ranks' channels.
+        With groups each of the three has the same number of groups, so every group has the ranks' channels.
 
         Args:
             x: the layer's input.
-            outer: ``(out, r_out)``, of the ``out`` mode; None where the core has that mode whole.
+            outer: ``(out, r_out)``, factor of the ``out`` mode; None if the core has that mode at full size.
             core: with the axes of :attr:`modes`, ranks in place of channels.
-            inner: ``(in/groups, r_in)``, of the ``in`` mode, likewise.
+            inner: ``(in/groups, r_in)``, factor of the ``in`` mode; None if the core has it at full size.
         """
         if inner is not None:
             x = self._pointwise(x, inner.T.repeat(self.groups, 1), self.groups)
@@ -145,7 +145,7 @@ class ConvLayer(Layer):
 class TransposedConvLayer(ConvLayer):
     """``nn.ConvTranspose1d/2d/3d``, which store ``in × out/groups × k…``.
 
-    The matrix is what it is for a convolution, ``out × (in/groups · k…)``.
+    The matrix is ``out × (in/groups · k…)``, as for a convolution.
     """
 
     kind = "transposed-conv"
@@ -153,7 +153,7 @@ class TransposedConvLayer(ConvLayer):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The stored axes: ``in``, ``out`` (of one group), and the kernel's."""
+        """The stored axes: ``in``, ``out`` (of one group), and those of the kernel."""
         _, _, *kernel = super().modes
         return ("in", "out", *kernel)
 

@@ -1,8 +1,8 @@
-"""A module with trained copies beside it: for modules trained in full, and for batch norm statistics.
+"""A module with one copy for each adapter: for modules trained in full, and for batch norm statistics.
 
-Two uses. Heads, norms or embeddings that should be trained in full (``modules_to_save``) get a trainable
-copy per adapter. And batch norms, whose running statistics drift in training even when frozen, get a
-frozen copy per adapter: what training changes is saved with the adapter, and the base stays as it was.
+Heads, norms or embeddings that are trained in full (``modules_to_save``) get a trainable copy per adapter.
+Batch norms, whose running statistics change in training even when they are frozen, get a frozen copy per
+adapter: the changed statistics are saved with the adapter, and the base does not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowrank_ft.structure.registry import register_node
 @register_node
 @dataclass(frozen=True)
 class CopyNode(Node):
-    """A copy of a whole module. Its parameters may train; its buffers change in training in any case."""
+    """A copy of a whole module. Its parameters may be trainable; its buffers change in training anyway."""
 
     kind: ClassVar[str] = "copy"
     trainable: bool = True
@@ -36,14 +36,14 @@ class CopyNode(Node):
 @register_node
 @dataclass(frozen=True)
 class CopiedNode(Node):
-    """A module (``base``) with named copies beside it."""
+    """A module (``base``) with named copies."""
 
     kind: ClassVar[str] = "copied"
     copies: Mapping[str, CopyNode]
     base: Node = field(default_factory=DenseNode)
 
     def build(self, module: nn.Module, name: str = "") -> TrainedCopy:
-        """Build the base, and its copies."""
+        """Build the base and its copies."""
         host = TrainedCopy(self.base.build(module, name))
         for adapter, node in self.copies.items():
             host.attach(adapter, node, node.build(host.base, name))
@@ -51,7 +51,7 @@ class CopiedNode(Node):
 
 
 class TrainedCopy(Host):
-    """Runs the active adapter's copy, or the base where none is active."""
+    """Runs the active adapter's copy, or the base if none is active."""
 
     nodes: dict[str, CopyNode]  # type: ignore[assignment]
 
@@ -63,11 +63,11 @@ class TrainedCopy(Host):
         return CopiedNode(dict(self.nodes), self.base_node())
 
     def trains(self, name: str) -> bool:
-        """Whether the adapter's copy trains, or only has buffers that change."""
+        """Whether the parameters of the adapter's copy are trained; its buffers change in any case."""
         return self.nodes[name].trainable
 
     def check_active(self, names: Sequence[str]) -> None:
-        """Refuse two copies at once: only one can run."""
+        """Refuse two active copies, since only one can run."""
         clash = [name for name in names if name in self.parts]
         if len(clash) > 1:
             raise StateError(

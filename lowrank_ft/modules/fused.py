@@ -1,18 +1,19 @@
 """A dense layer and its low-rank update as one autograd function.
 
-``y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ``, with W and b frozen. Against the same formula in separate operations:
+``y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ``, with W and b frozen. Differences from the same formula in separate
+operations:
 
 * the update is accumulated into the output (and its gradient into the input's gradient), so no
   ``tokens × out`` temporary exists;
-* the input is kept once, in its own dtype, and shared by q, k and v: autograd sees one tensor;
-* nothing is computed for W, and nothing for x where x needs no gradient;
-* an input that was itself computed as a product of two tensors that autograd already keeps (the SwiGLU
-  ``act(gate) · up`` in front of every down projection) is not kept at all but multiplied again in backward,
-  which costs one elementwise product and gives the same bits;
-* a weight that is stored in few bits is read when it multiplies, forward and backward, and never kept dense.
+* the input is saved once, in its own dtype; the q, k and v projections save the same tensor;
+* no gradient is computed for W, nor for x if x needs none;
+* an input that is the product of two tensors that autograd saves anyway (the SwiGLU ``act(gate) · up`` before
+  every down projection) is not saved but multiplied again in backward, which costs one elementwise product
+  and is bit-identical;
+* a quantised weight is unpacked in forward and again in backward, and no dense copy is saved.
 
-Products are summed in another order than in separate operations, so logits differ from them in the last
-bits. The start is still the identity to the bit: with B = 0, what is accumulated is zero.
+The order of summation differs, so logits differ from those of separate operations in the last bits. With
+B = 0 outputs are still bit-identical to the base layer's, since only zeros are accumulated.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ Product = tuple[Tensor, Tensor]
 
 
 class Frozen(Protocol):
-    """How a frozen weight multiplies. Its tensors are passed separately, so that autograd can save them."""
+    """Multiplication by a frozen weight. Its tensors are arguments, so that autograd can save them."""
 
     def multiply(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         """Return ``x Wᵀ + b``, ``(…, out)``."""
 
-    def pull(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return ``g W`` of a gradient ``(n, out)``."""
+    def backpropagate(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return ``g W`` for a gradient g of the output, ``(n, out)``."""
 
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A stock weight, multiplied by the same operations as in the stock layer, so that bits are equal.
+    """A stock weight; multiplication is bit-identical, since it uses the operations of the stock layer.
 
     Attributes:
-        transposed: it is stored ``(in, out)``, as GPT-2 stores it.
+        transposed: whether it is stored as ``(in, out)``, as in GPT-2.
     """
 
     transposed: bool = False
@@ -57,7 +58,7 @@ class DenseWeight:
         out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         return out.view(*x.shape[:-1], -1)
 
-    def pull(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def backpropagate(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """Return ``g W``."""
         weight = tensors[0].to(grad.dtype)
         return grad @ (weight.T if self.transposed else weight)
@@ -83,11 +84,11 @@ def low_rank_linear(
         x: ``(…, in)``.
         weight: ``(out, in)``, or the tensors that ``frozen`` takes. They get no gradient.
         bias: ``(out,)`` or None. Frozen.
-        A: ``(rank, in)``, of any float dtype; computed with in that of ``x``.
-        B: ``(out, rank)``, likewise.
+        A: ``(rank, in)``, of any float dtype; cast to that of ``x``.
+        B: ``(out, rank)``, of any float dtype; cast to that of ``x``.
         scale: factor on the update.
-        frozen: how the weight multiplies.
-        dropped: ``x`` after dropout, which the update then sees in place of ``x``.
+        frozen: how to multiply by the weight.
+        dropped: ``x`` after dropout; the input of the update. None for ``x`` itself.
 
     Returns:
         ``(…, out)``, in the dtype of ``x``.
@@ -100,13 +101,13 @@ def low_rank_linear(
 
 
 def frozen_linear(x: Tensor, frozen: Frozen, weight: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-    """Return ``x Wᵀ + b`` of a weight that is not kept dense: it is read again in backward.
+    """Return ``x Wᵀ + b`` for a packed weight, which is unpacked again in backward.
 
     Args:
         x: ``(…, in)``.
-        frozen: how the weight multiplies.
-        weight: the tensors that it takes. They get no gradient.
-        bias: ``(out,)`` or None; it may train.
+        frozen: how to multiply by the weight.
+        weight: the tensors that ``frozen`` takes. They get no gradient.
+        bias: ``(out,)`` or None; it may be trainable.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -127,7 +128,7 @@ class _FrozenLinear(torch.autograd.Function):
         grad_x = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = ctx.frozen.pull(flat, weight).view(*grad.shape[:-1], -1)
+                grad_x = ctx.frozen.backpropagate(flat, weight).view(*grad.shape[:-1], -1)
             if ctx.needs_input_grad[1]:
                 grad_bias = flat.sum(0)
         return grad_x, grad_bias, None, *(None for _ in weight)
@@ -148,7 +149,7 @@ class _LowRankLinear(torch.autograd.Function):
         *weight: Tensor,
     ) -> Tensor:
         source = x if dropped is None else dropped
-        # First, while x is still in the processor's cache.
+        # The thin product comes first, while x is still in the processor's cache.
         hidden = source.reshape(-1, source.shape[-1]) @ A.to(x.dtype).T
         out = frozen.multiply(x, weight, bias)
         out.view(-1, out.shape[-1]).addmm_(hidden, B.to(x.dtype).T, alpha=scale)
@@ -162,9 +163,8 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_autocast_enabled(
-            grad.device.type
-        ):  # called inside its block: all dtypes are chosen already
+        # All dtypes were chosen in the forward: a backward inside an autocast block must not change them.
+        if torch.is_autocast_enabled(grad.device.type):
             with torch.autocast(grad.device.type, enabled=False):
                 return _gradients(ctx, grad)
         return _gradients(ctx, grad)
@@ -187,7 +187,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_dropped:
         grad_dropped = (grad_hidden @ A.to(grad.dtype)).view(*shape, -1)
     if need_x:
-        grad_x = ctx.frozen.pull(flat, weight)
+        grad_x = ctx.frozen.backpropagate(flat, weight)
         if not ctx.has_dropped:
             grad_x.addmm_(grad_hidden, A.to(grad.dtype))
         grad_x = grad_x.view(*shape, -1)
@@ -195,10 +195,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _kept_product(x: Tensor) -> Product | None:
-    """Return (a, b) where x is a · b and autograd keeps a and b anyway for that product's own backward.
+    """Return (a, b) if x is a · b and autograd saves a and b anyway, for the backward of that product.
 
-    Not while saved-tensor hooks are on (activation checkpointing, offloading): asking for a kept tensor
-    would run their unpacking in the middle of the forward.
+    Return None while saved-tensor hooks are active (activation checkpointing, offloading), since reading a
+    saved tensor would run their unpack hook in the middle of the forward.
     """
     if torch.compiler.is_compiling() or _saved_tensor_hooks_are_on():
         return None
@@ -207,17 +207,17 @@ def _kept_product(x: Tensor) -> Product | None:
         return None
     a, b = node._saved_self, node._saved_other  # type: ignore[attr-defined]
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return None  # a scalar factor, or a factor that needs no gradient: the other one is not kept
+        return None  # if a factor is a scalar or needs no gradient, the other one is not saved
     if not (a.shape == b.shape == x.shape and a.dtype == b.dtype == x.dtype):
-        return None  # broadcast: multiplying again would be right, but one kept factor may be the larger
+        return None  # with broadcasting, saving both factors could take more memory than saving x
     # Detached aliases still share the version counter, so an in-place change is caught in backward.
     return a.detach(), b.detach()
 
 
 def _saved_tensor_hooks_are_on() -> bool:
-    """Whether ``saved_tensors_hooks`` are in force. torch has no public function for this.
+    """Whether ``saved_tensors_hooks`` are active. torch has no public function for this.
 
-    Where the private one is missing, return True: the input is then saved, which is correct and costs memory.
+    If the private function is missing, return True: the input is then saved, at the cost of memory.
     """
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top_hooks is None or top_hooks(True) is not None

@@ -1,4 +1,4 @@
-"""The base class of modules that host adapters: a base, named parts, and which of them are active."""
+"""The base class of modules that host adapters: a base, named parts, and the names of the active ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lowrank_ft.structure.replacement import Replacement, node_of
 
 
 class Host(Replacement):
-    """A module that keeps its base untouched and puts one or more named parts beside it.
+    """A module that replaces another, its unchanged base, and adds named parts, one for each adapter.
 
     Attributes:
         base: the module that the host replaced.
         parts: each adapter's module, by adapter name.
         nodes: the structure of each part.
-        active: names of the adapters in force here; the others are kept, frozen and unused.
-        running: their parts.
+        active: names of the active adapters; the others are kept, frozen and unused.
+        running: the parts of the active adapters.
     """
 
     active: tuple[str, ...]
@@ -46,16 +46,16 @@ class Host(Replacement):
         self.activate(tuple(n for n in self.active if n != name))
 
     def check_active(self, names: Sequence[str]) -> None:
-        """Raise ``StateError`` if these adapters cannot be active together here."""
+        """Raise ``StateError`` if these adapters cannot be active together on this module."""
 
     def activate(self, names: Sequence[str]) -> None:
-        """Activate the named adapters that have a part here: these train, the others do not."""
+        """Activate those of the named adapters that have a part here, and freeze all other parts."""
         self.use(tuple(name for name in names if name in self.parts))
         for name, part in self.parts.items():
             part.requires_grad_(name in self.active and self.trains(name))
 
     def use(self, names: tuple[str, ...]) -> None:
-        """Run these adapters from now on, without changing what trains."""
+        """Run these adapters from now on, without changing ``requires_grad``."""
         self.active = names
         self.running = tuple(self.parts[name] for name in names)
 
@@ -69,7 +69,7 @@ class Host(Replacement):
 
     @abstractmethod
     def merged(self) -> nn.Module:
-        """Return a stock module that computes what this host computes now."""
+        """Return a stock module with the same output as this host in its present state."""
 
     def __getattr__(self, name: str) -> Any:
         """Look unknown attributes (``in_features``, ``bias``, ``stride``) up on the base."""

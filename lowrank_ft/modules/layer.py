@@ -1,4 +1,4 @@
-"""Linear layers and embeddings, seen as one matrix; and :func:`layer_of`, which finds any layer's view."""
+"""Linear layers and embeddings as one matrix, and :func:`layer_of`, which returns the view of any layer."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def layer_of(module: nn.Module, name: str = "") -> Layer:
 
 
 def find_layer(module: nn.Module) -> Layer | None:
-    """Like :func:`layer_of`, but None for modules that cannot be adapted."""
+    """Return the :class:`Layer` view of ``module``, or None if it cannot be adapted."""
     if type(module).__module__.startswith("bitsandbytes."):
         return None
     if isinstance(module, Replacement):
@@ -158,12 +158,12 @@ def find_layer(module: nn.Module) -> Layer | None:
 
 
 def stock_linear(kind: str, matrix: Tensor, bias: Tensor | None) -> nn.Module:
-    """Return a stock layer of a kind, ``"linear"`` or ``"transposed-linear"``, with these values.
+    """Return an ``nn.Linear`` or transformers' ``Conv1D`` with these values.
 
     Args:
-        kind: as in :attr:`Layer.kind`.
+        kind: ``"linear"`` or ``"transposed-linear"`` (see :attr:`Layer.kind`).
         matrix: ``(out, in)``.
-        bias: ``(out,)``; a Conv1D without one gets zeros, since it always has one.
+        bias: ``(out,)`` or None. A ``Conv1D`` always has a bias: None then becomes zeros.
     """
     out_features, in_features = matrix.shape
     if kind == "linear":
@@ -182,6 +182,6 @@ def stock_linear(kind: str, matrix: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def _transformers_conv1d() -> type[nn.Module] | None:
-    """Transformers' Conv1D class if transformers is loaded; importing it here would cost a second."""
+    """Transformers' Conv1D class, if transformers is imported already; an import would take a second."""
     module = sys.modules.get("transformers.pytorch_utils")
     return cast("type[nn.Module] | None", getattr(module, "Conv1D", None))

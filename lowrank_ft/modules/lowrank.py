@@ -1,4 +1,4 @@
-"""A compressed layer: two thin factors, applied one after the other."""
+"""A layer compressed to two thin factors, applied one after the other."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class LowRankNode(Node):
         """Build both factors for the layer ``module``.
 
         Raises:
-            TargetError: a convolution, or an embedding whose forward does more than look up.
+            TargetError: a convolution, or an embedding whose forward does more than a lookup.
         """
         layer = layer_of(module)
         if not supports_low_rank(layer):
             raise TargetError(
-                f"A {type(module).__name__} cannot become two linear factors: linear layers and plain "
+                f"A {type(module).__name__} cannot become two linear factors: only linear layers and plain "
                 f"embeddings can. Exclude it."
             )
         weight = layer.weight
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        # On a resized layer the factors are resized ones, whose stock sizes are the layer's own.
+        # The factors of a resized layer are resized too; they are built from stock-sized ones.
         outputs, inputs = getattr(module, "stock_shape", (layer.out_features, layer.in_features))
         if layer.kind == "embedding":
-            # Given its table, nn.Embedding does not draw a random one first.
+            # With a given table, nn.Embedding does not spend time on drawing a random one.
             first: nn.Module = nn.Embedding(
                 layer.in_features,
                 self.rank,
@@ -64,7 +64,7 @@ class LowRankNode(Node):
 
 
 def low_rank_node(layer: Layer, rank: int, bias: bool) -> LowRankNode:
-    """Return the node of a layer's factors: on a resized layer they keep its rows and columns."""
+    """Return the node of a layer's factors; those of a resized layer keep its row and column indices."""
     stock = layer.module
     first: Node = DenseNode()
     second: Node = DenseNode()
@@ -91,10 +91,10 @@ class LowRank(Factored):
     """Two factors in place of one layer.
 
     Attributes:
-        first: ``in → rank``; a table of ``rank`` columns where an embedding stood.
+        first: ``in → rank``; a table of ``rank`` columns if an embedding was replaced.
         second: ``rank → out``, with the layer's bias.
         kind: the kind of the layer that was replaced.
-        adds_bias: whether the second factor has a bias where the stock layer had none.
+        adds_bias: whether the second factor has a bias although the stock layer had none.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, stock: nn.Module) -> None:
@@ -123,19 +123,19 @@ class LowRank(Factored):
 
     @property
     def columns(self) -> Tensor | None:
-        """Indices of the kept inputs of the stock layer, likewise."""
+        """Indices of the kept inputs of the stock layer, if some were removed (``Resized.columns``)."""
         return cast("Tensor | None", getattr(self.first, "columns", None))
 
     @property
     def stock_shape(self) -> tuple[int, int]:
-        """Outputs and inputs of the stock layer."""
+        """The numbers of outputs and inputs of the stock layer."""
         outputs, _ = getattr(self.second, "stock_shape", (self.out_features, 0))
         _, inputs = getattr(self.first, "stock_shape", (0, self.in_features))
         return outputs, inputs
 
     @property
     def rank(self) -> int:
-        """Width between the factors."""
+        """The rank of the factors."""
         return layer_of(self.second).in_features
 
     @property
@@ -145,12 +145,12 @@ class LowRank(Factored):
 
     @property
     def in_features(self) -> int:
-        """Input features, or the vocabulary's size."""
+        """Number of input features, or size of the vocabulary."""
         return layer_of(self.first).in_features
 
     @property
     def out_features(self) -> int:
-        """Output features."""
+        """Number of output features."""
         return layer_of(self.second).out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,20 +158,20 @@ class LowRank(Factored):
         return cast(Tensor, self.second(self.first(x)))
 
     def view(self) -> Layer:
-        """Return the view under which adapters are put on this layer."""
+        """Return the view through which adapters use this layer."""
         return FactoredEmbedding(self) if self.kind == "embedding" else FactoredLinear(self)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``B (out, rank)`` and ``A (rank, in)``, of which the layer's matrix is the product."""
+        """Return ``B (out, rank)`` and ``A (rank, in)``; the layer's matrix is ``B A``."""
         return layer_of(self.second).matrix(), layer_of(self.first).matrix()
 
     def dense(self, matrix: Tensor | None = None) -> nn.Module:
         """Return one stock layer in place of the factors.
 
         Args:
-            matrix: ``(out, in)``, its weight, for a layer of this size; by default the factors multiplied out
-                in at least float32 and rounded once, and filled up with zeros where rows or columns of the
-                stock layer were taken.
+            matrix: the weight of a layer of this size, ``(out, in)``. By default the product of the factors,
+                computed in at least float32 and rounded once, in a layer of the stock size: removed rows and
+                columns become zeros.
         """
         full = matrix is None
         dtype = layer_of(self.first).weight.dtype
@@ -196,7 +196,7 @@ class LowRank(Factored):
         return stock.requires_grad_(self._trains()).train(self.training)
 
     def widened(self, B: Tensor, A: Tensor) -> LowRank:
-        """Return a layer like this one with ``B A`` added to its matrix, by a larger rank.
+        """Return a factored layer of a larger rank, whose matrix is this one's plus ``B A``.
 
         Args:
             B: ``(out, more)``.
@@ -227,7 +227,7 @@ def _match_sizes(module: nn.Module) -> None:
 
 
 class _Factored(Layer):
-    """What the views of both kinds share: the matrix is a product, and the weight is the first factor."""
+    """The common part of both views: the matrix is a product, and the weight is the first factor."""
 
     def __init__(self, module: LowRank) -> None:
         Layer.__init__(self, module)
@@ -236,12 +236,12 @@ class _Factored(Layer):
 
     @property
     def weight(self) -> Tensor:
-        """The first factor, for its dtype and device."""
+        """The first factor; callers read only its dtype and device."""
         return layer_of(self.factored.first).weight
 
     @property
     def is_bare(self) -> bool:
-        """False: no kernel may read the weight and skip the module."""
+        """False: a kernel must not read the weight instead of calling the module."""
         return False
 
     def matrix(self) -> Tensor:
@@ -255,7 +255,7 @@ class _Factored(Layer):
 
 
 class FactoredLinear(_Factored, LinearLayer):
-    """A factored linear layer, seen as a layer."""
+    """The view of a factored linear layer."""
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply a weight to ``x``."""
@@ -263,7 +263,7 @@ class FactoredLinear(_Factored, LinearLayer):
 
 
 class FactoredEmbedding(_Factored, EmbeddingLayer):
-    """A factored embedding, seen as a layer."""
+    """The view of a factored embedding."""
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         """Look ``x`` up in a table."""

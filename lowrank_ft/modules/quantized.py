@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored in few bits and read, tile by tile, when it multiplies."""
+"""A linear layer with a quantised weight, which is unpacked tile by tile in every multiplication."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lowrank_ft.structure.node import DenseNode, Node
 from lowrank_ft.structure.registry import register_node
 from lowrank_ft.structure.replacement import Replacement
 
-TILE = 2**22  # weights that are unpacked at a time: a whole layer of a small model, 16 MB of a large one
+TILE = 2**22  # weights unpacked at a time, 16 MB in float32: layers of small models are one tile
 
 
 @register_node
 @dataclass(frozen=True)
 class QuantizedNode(Node):
-    """A linear layer stored by a scheme; ``base`` describes the layer before: dense, or resized."""
+    """A quantised linear layer; ``base`` describes the layer before quantisation: dense or resized."""
 
     kind: ClassVar[str] = "quantized"
     scheme: Scheme = field(default_factory=Scheme)
@@ -36,12 +36,12 @@ class QuantizedNode(Node):
         """Build the packed layer that will replace ``module``.
 
         Raises:
-            TargetError: no linear layer.
+            TargetError: not a linear layer.
         """
         layer = layer_of(module, name)
         if layer.kind not in ("linear", "transposed-linear"):
             raise TargetError(
-                f"{name or 'The module'} is a {type(module).__name__}, which cannot be stored in few bits: "
+                f"{name or 'The module'} is a {type(module).__name__}, which cannot be quantised: only "
                 f"linear layers can. Exclude it."
             )
         stock = module if isinstance(module, Resized) else self.base.build(module, name)
@@ -52,14 +52,14 @@ class Quantized(Replacement):
     """A linear layer with packed tensors in place of its weight.
 
     Attributes:
-        scheme: how they are packed.
-        storage: reads and writes them.
-        in_features: inputs.
-        out_features: outputs.
-        rows: indices of the kept outputs of the stock layer; None where it has all.
+        scheme: the parameters of the storage format.
+        storage: packs and unpacks the weight.
+        in_features: number of inputs.
+        out_features: number of outputs.
+        rows: indices of the kept outputs of the stock layer; None if all are kept.
         columns: the same for inputs.
         kind: the kind of the layer that was replaced.
-        stock_shape: its outputs and inputs.
+        stock_shape: the numbers of outputs and inputs of the stock layer.
     """
 
     bias: Tensor | None
@@ -101,7 +101,7 @@ class Quantized(Replacement):
         return QuantizedNode(self.scheme, base)
 
     def view(self) -> Layer:
-        """Return the view under which adapters are put on this layer."""
+        """Return the view through which adapters use this layer."""
         return QuantizedLinear(self)
 
     @torch.no_grad()
@@ -115,49 +115,49 @@ class Quantized(Replacement):
 
     @torch.no_grad()
     def store(self, packed: Mapping[str, Tensor]) -> None:
-        """Take packed tensors."""
+        """Copy packed tensors into this layer."""
         for name, tensor in packed.items():
             cast(Tensor, self._buffers[name]).copy_(tensor)
 
     @property
     def weights(self) -> int:
-        """How many weights are stored."""
+        """The number of weights."""
         return self.out_features * self.in_features
 
     @property
     def stored_bytes(self) -> int:
-        """How many bytes they take."""
+        """How many bytes the packed tensors take."""
         return self.storage.bytes(self.out_features, self.in_features)
 
     @torch.no_grad()
-    def take(self, stock: nn.Module) -> None:
-        """Copy what is not quantised from the layer that is replaced: bias, rows and columns."""
+    def copy_unquantized(self, stock: nn.Module) -> None:
+        """Copy the tensors that are not quantised (bias, rows and columns) from the layer to be replaced."""
         layer = layer_of(stock)
         for name in ("bias", "rows", "columns"):
-            mine = getattr(self, name)
-            if mine is not None:
-                mine.copy_(layer.bias if name == "bias" else getattr(stock, name))
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.copy_(layer.bias if name == "bias" else getattr(stock, name))
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight as it is read, ``(out, in)``, by default in the layer's dtype."""
+        """Return the unpacked weight, ``(out, in)``, by default in the layer's dtype."""
         dtype = self.weight.dtype if dtype is None else dtype
         return self.storage.unpack(self.packed, self.in_features, 0, self.out_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply by the weight."""
+        """Return ``x Wᵀ + b``."""
         return frozen_linear(x, *self.frozen(), self.bias)
 
     def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]]:
-        """Return how the weight multiplies, and the tensors that it takes."""
+        """Return the weight's multiplication, and the tensors that it takes."""
         return self._weight, tuple(self.packed.values())
 
     @torch.no_grad()
     def dense(self, matrix: Tensor | None = None) -> nn.Module:
-        """Return a stock layer in the place of this one.
+        """Return a stock layer that replaces this one.
 
         Args:
-            matrix: ``(out, in)``, its weight, for a layer of this size; by default the weight as it is read,
-                in a layer of the stock size.
+            matrix: the weight of a layer of this size, ``(out, in)``; by default the unpacked weight, in a
+                layer of the stock size.
         """
         full = matrix is None
         matrix = self.matrix() if matrix is None else matrix
@@ -170,7 +170,7 @@ class Quantized(Replacement):
         return module.requires_grad_(False).train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
-        """Move the packed tensors with the layer, but never cast them: scales keep their dtype."""
+        """Move the packed tensors with the layer, but do not cast them: scales keep their dtype."""
         before = self.packed
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
@@ -181,7 +181,7 @@ class Quantized(Replacement):
 
 
 class QuantizedLinear(LinearLayer):
-    """A quantised layer, seen as a layer: the weight is read for its dtype and device alone."""
+    """The view of a quantised layer; its ``weight`` serves only for dtype and device."""
 
     quantized: Quantized
 
@@ -195,11 +195,11 @@ class QuantizedLinear(LinearLayer):
         return False
 
     def matrix(self) -> Tensor:
-        """The weight as it is read."""
+        """The unpacked weight."""
         return self.quantized.matrix()
 
     def tensor(self) -> Tensor:
-        """The weight as it is read."""
+        """The unpacked weight."""
         return self.quantized.matrix()
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class QuantizedLinear(LinearLayer):
         return F.linear(x, weight)
 
     def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]] | None:
-        """How the packed weight multiplies, where nothing is hooked in."""
+        """The packed weight's multiplication and tensors; None if hooks require calling the module."""
         return self.quantized.frozen() if self.is_bare else None
 
     def clone_with(self, matrix: Tensor) -> nn.Module:
@@ -217,13 +217,13 @@ class QuantizedLinear(LinearLayer):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Multiplies by a packed matrix, one tile of rows at a time, so that no whole dense copy exists.
+    """Multiplication by a packed matrix, one tile of rows at a time, so that no full dense copy exists.
 
     Attributes:
-        storage: reads it.
-        names: of the packed tensors, in the order they come in.
-        rows: outputs.
-        columns: inputs.
+        storage: unpacks the matrix.
+        names: names of the packed tensors, in the order of ``tensors``.
+        rows: number of outputs.
+        columns: number of inputs.
     """
 
     storage: Storage
@@ -238,27 +238,28 @@ class PackedWeight:
             return F.linear(x, tiles[0][1](), bias)
         flat = x.reshape(-1, self.columns)
         out = x.new_empty(len(flat), self.rows)
-        for where, weight in tiles:
-            part = out[:, where]
+        for rows, weight in tiles:
+            part = out[:, rows]
             torch.mm(flat, weight().T, out=part) if bias is None else torch.addmm(
-                bias[where], flat, weight().T, out=part
+                bias[rows], flat, weight().T, out=part
             )
         return out.view(*x.shape[:-1], self.rows)
 
-    def pull(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return ``g W`` of a gradient ``(n, rows)``."""
+    def backpropagate(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return ``g W`` for a gradient g of the output, ``(n, rows)``."""
         total: Tensor | None = None
-        for where, weight in self._tiles(tensors, grad.dtype):
+        for rows, weight in self._tiles(tensors, grad.dtype):
             if total is None:
-                total = grad[:, where] @ weight()
+                total = grad[:, rows] @ weight()
             else:
-                total.addmm_(grad[:, where], weight())
+                total.addmm_(grad[:, rows], weight())
         assert total is not None
         return total
 
     def _tiles(
         self, tensors: tuple[Tensor, ...], dtype: torch.dtype
     ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
+        """Yield the rows of each tile, and a function that unpacks the tile."""
         packed = dict(zip(self.names, tensors, strict=True))
         height = max(1, TILE // self.columns)
         for start in range(0, self.rows, height):

@@ -1,4 +1,4 @@
-"""A linear layer inside a coupled group that has lost some of its rows, or of its columns."""
+"""A linear layer from which some rows or columns were removed, as part of a coupled group."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ResizedNode(Node):
     bias: bool = False
 
     def build(self, module: nn.Module, name: str = "") -> Resized:
-        """Build the layer for the stock one, ``module``.
+        """Build the smaller layer that will replace ``module``.
 
         Raises:
-            TargetError: no linear layer, or one that is smaller than this.
+            TargetError: not a linear layer, or one that is smaller than this node.
         """
         layer = layer_of(module)
         if layer.kind not in ("linear", "transposed-linear"):
@@ -43,16 +43,16 @@ class ResizedNode(Node):
 
 
 class Resized(Replacement, nn.Linear):
-    """An ``nn.Linear`` that knows which outputs and inputs of the stock layer it has.
+    """An ``nn.Linear`` that records which outputs and inputs of the stock layer it has.
 
-    A stock load of its checkpoint fails by the weight's shape, so it needs no marker.
+    It needs no marker: loading its checkpoint into a stock model fails because the weight's shape differs.
 
     Attributes:
-        rows: ``(out,)``, for each output its index in the stock layer; None where it has all.
+        rows: ``(out,)``, the index of each output in the stock layer; None if all outputs are kept.
         columns: ``(in,)``, the same for inputs.
         kind: the kind of the layer that was replaced.
-        had_bias: whether that had a bias.
-        adds_bias: whether it has a bias where the stock layer had none.
+        had_bias: whether the stock layer had a bias.
+        adds_bias: whether this layer has a bias although the stock layer had none.
     """
 
     weight: nn.Parameter
@@ -66,11 +66,11 @@ class Resized(Replacement, nn.Linear):
             self, node.in_features, node.out_features, node.bias, device="meta", dtype=like.dtype
         )
         self.to_empty(device=like.device)
-        for name, mine, theirs in (
+        for name, size, stock_size in (
             ("rows", node.out_features, layer.out_features),
             ("columns", node.in_features, layer.in_features),
         ):
-            index = None if mine == theirs else torch.arange(mine, device=like.device)
+            index = None if size == stock_size else torch.arange(size, device=like.device)
             self.register_buffer(name, index)
         self.stock_shape = (layer.out_features, layer.in_features)
         self.had_bias = layer.bias is not None or getattr(stock, "had_bias", False)
@@ -83,7 +83,7 @@ class Resized(Replacement, nn.Linear):
         """Return a layer with these values, and the row and column indices of another layer.
 
         Args:
-            like: has ``kind``, ``stock_shape``, ``rows``, ``columns`` and ``adds_bias``.
+            like: a layer with ``kind``, ``stock_shape``, ``rows``, ``columns`` and ``adds_bias``.
             matrix: ``(out, in)``.
             bias: ``(out,)`` or None.
         """
@@ -101,7 +101,7 @@ class Resized(Replacement, nn.Linear):
         return ResizedNode(self.out_features, self.in_features, self.bias is not None)
 
     def view(self) -> Layer:
-        """Return the view under which adapters are put on this layer."""
+        """Return the view through which adapters use this layer."""
         return LinearLayer(self)
 
     def fill(
@@ -115,15 +115,15 @@ class Resized(Replacement, nn.Linear):
 
         Args:
             matrix: ``(out, in)``, any float dtype; rounded once.
-            bias: ``(out,)``, where the layer has one.
-            rows: which stock outputs these are, ``(out,)``; needed where some are left out.
-            columns: which stock inputs these are, ``(in,)``.
+            bias: ``(out,)``; needed if the layer has a bias.
+            rows: indices of the outputs in the stock layer, ``(out,)``; needed if some were removed.
+            columns: indices of the inputs in the stock layer, ``(in,)``; needed if some were removed.
         """
         self.weight.copy_(matrix)
-        for mine, given in ((self.bias, bias), (self.rows, rows), (self.columns, columns)):
-            if mine is not None:
-                assert given is not None
-                mine.copy_(given)
+        for tensor, values in ((self.bias, bias), (self.rows, rows), (self.columns, columns)):
+            if tensor is not None:
+                assert values is not None
+                tensor.copy_(values)
 
     def trimmed(self) -> nn.Module:
         """Return a stock layer of this size, without the indices."""
@@ -132,7 +132,7 @@ class Resized(Replacement, nn.Linear):
         return stock.requires_grad_(self._trains()).train(self.training)
 
     def dense(self) -> nn.Module:
-        """Return a stock layer of the stock size, zero where this one has no row or column."""
+        """Return a stock layer of the stock size, with zeros in the removed rows and columns."""
         out_features, in_features = self.stock_shape
         weight = self.weight.detach()
         rows = torch.arange(out_features, device=weight.device) if self.rows is None else self.rows

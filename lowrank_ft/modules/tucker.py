@@ -1,4 +1,4 @@
-"""A compressed convolution: 1×1, a smaller convolution of the same kind, 1×1."""
+"""A compressed convolution: a 1×1 convolution, a smaller one of the stock geometry, and another 1×1."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class TuckerNode(Node):
     """A convolution as ``outer(core(inner(x)))``.
 
-    ``inner`` maps ``in → rank_in`` channels at every position and ``outer`` maps ``rank_out → out``; ``core``
-    is the stock convolution between so many channels. A rank of None leaves that side whole, without a 1×1.
+    ``inner`` maps ``in → rank_in`` channels at every position, ``outer`` maps ``rank_out → out``; ``core`` is
+    the stock convolution from ``rank_in`` to ``rank_out`` channels. A rank of None keeps all channels of that
+    side, without a 1×1 convolution.
     """
 
     kind: ClassVar[str] = "tucker"
@@ -33,7 +34,7 @@ class TuckerNode(Node):
     rank_in: int | None = None
 
     def build(self, module: nn.Module, name: str = "") -> TuckerConv:
-        """Build the three for the convolution ``module``.
+        """Build the convolutions that will replace ``module``.
 
         Raises:
             TargetError: not a plain convolution without groups, or ranks above its channels.
@@ -42,7 +43,7 @@ class TuckerNode(Node):
         if layer is None or not supports_tucker(layer):
             raise TargetError(
                 f"{name or 'The module'} is a {type(module).__name__}, which cannot become smaller "
-                f"convolutions in a row: plain Conv1d/2d/3d without groups can. Exclude it."
+                f"convolutions: only plain Conv1d/2d/3d without groups can. Exclude it."
             )
         conv = cast(ConvLayer, layer).module
         for rank, channels in ((self.rank_out, conv.out_channels), (self.rank_in, conv.in_channels)):
@@ -63,8 +64,8 @@ class TuckerConv(Factored):
 
     Attributes:
         inner: 1×1, ``in → rank_in``, or None.
-        core: with the stock layer's kernel, stride, padding and dilation.
-        outer: 1×1, ``rank_out → out``, with the layer's bias, or None: the core then has it.
+        core: has the stock layer's kernel size, stride, padding and dilation.
+        outer: 1×1, ``rank_out → out``, with the layer's bias; if None, the core has the bias.
     """
 
     inner: nn.modules.conv._ConvNd | None
@@ -98,21 +99,21 @@ class TuckerConv(Factored):
 
     @property
     def in_channels(self) -> int:
-        """Input channels."""
+        """Number of input channels."""
         return (self.core if self.inner is None else self.inner).in_channels
 
     @property
     def out_channels(self) -> int:
-        """Output channels."""
+        """Number of output channels."""
         return (self.core if self.outer is None else self.outer).out_channels
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, which the last of the convolutions has."""
+        """The bias of the last convolution."""
         return (self.core if self.outer is None else self.outer).bias
 
     def __getattr__(self, name: str) -> Any:
-        """Look ``stride``, ``padding``, ``kernel_size`` and ``groups`` up on the core."""
+        """Look unknown attributes (``stride``, ``padding``, ``kernel_size``, ``groups``) up on the core."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -121,25 +122,25 @@ class TuckerConv(Factored):
             return getattr(self.core, name)
 
     def view(self) -> Layer:
-        """Return the view under which adapters are put on this layer."""
+        """Return the view through which adapters use this layer."""
         return FactoredConv(self)
 
     def factors(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Return ``(out, rank_out)``, the core, and ``(in, rank_in)``, of which the weight is the product."""
+        """Return the factors of the weight: ``(out, rank_out)``, the core's weight, ``(in, rank_in)``."""
         outer = None if self.outer is None else self.outer.weight.flatten(1)
         inner = None if self.inner is None else self.inner.weight.flatten(1).T
         return outer, self.core.weight, inner
 
     def product(self) -> Tensor:
-        """Return the weight of the one convolution that computes the same, ``(out, in, k…)``."""
+        """Return the weight of the equivalent single convolution, ``(out, in, k…)``."""
         return _product(*self.factors())
 
     def dense(self, matrix: Tensor | None = None) -> nn.Module:
         """Return one stock convolution in place of all.
 
         Args:
-            matrix: ``(out, in · k…)``, its weight; by default the factors multiplied out in at least float32
-                and rounded once.
+            matrix: its weight, ``(out, in · k…)``; by default the product of the factors, computed in at
+                least float32 and rounded once.
         """
         dtype = self.core.weight.dtype
         with torch.no_grad():
@@ -156,7 +157,7 @@ class TuckerConv(Factored):
 
     @torch.no_grad()
     def widened(self, B: Tensor, A: Tensor) -> nn.Module:
-        """Return a layer like this one with ``B A`` added to its matrix, by larger ranks.
+        """Return a factored convolution of larger ranks, whose matrix is this one's plus ``B A``.
 
         Args:
             B: ``(out, more)``.
@@ -167,11 +168,11 @@ class TuckerConv(Factored):
         if inner is not None:
             basis, _ = torch.linalg.qr(added.movedim(1, 0).flatten(1))
             if inner.shape[1] + basis.shape[1] < self.in_channels:
-                both = torch.cat([inner, basis], 1)
+                joined = torch.cat([inner, basis], 1)
                 added = _product(None, added, basis.T)
                 added, core = _pad(added, core.shape[1], 0), _pad(core, 0, added.shape[1])
-                inner = both
-            else:
+                inner = joined
+            else:  # the rank would reach the number of channels, so the 1×1 convolution would be no use
                 core, inner = _product(None, core, inner), None
         if outer is None:
             core = core + _product(B.to(core.dtype), added, None)
@@ -202,12 +203,12 @@ class TuckerConv(Factored):
 
 
 def _product(outer: Tensor | None, core: Tensor, inner: Tensor | None) -> Tensor:
-    """``core ×_out outer ×_in inner``: factors ``(out, r)`` and ``(in, r)``, or None for none."""
+    """``core ×_out outer ×_in inner``, with factors ``(out, r)`` and ``(in, r)``; None for no factor."""
     return solve.tucker(core, [outer, inner, *(None,) * (core.dim() - 2)])
 
 
 def _pad(weight: Tensor, before: int, after: int) -> Tensor:
-    """Add input channels of zeros."""
+    """Add input channels of zeros before and after those of a weight."""
     shape = list(weight.shape)
     zeros = [weight.new_zeros(shape[0], count, *shape[2:]) for count in (before, after)]
     return torch.cat([zeros[0], weight, zeros[1]], 1)
@@ -216,7 +217,7 @@ def _pad(weight: Tensor, before: int, after: int) -> Tensor:
 def _empty(
     like: nn.modules.conv._ConvNd, inputs: int, outputs: int, bias: bool, *, pointwise: bool = False
 ) -> nn.modules.conv._ConvNd:
-    """An unfilled convolution of the same kind between other channels; or a 1×1 one."""
+    """An unfilled convolution between other numbers of channels: of the same geometry, or 1×1."""
     cls = _CONVOLUTIONS[like.weight.dim() - 3]
     geometry: dict[str, Any] = {"kernel_size": 1}
     if not pointwise:
@@ -228,7 +229,7 @@ def _empty(
 
 
 class FactoredConv(ConvLayer):
-    """A factored convolution, seen as a layer."""
+    """The view of a factored convolution."""
 
     def __init__(self, module: TuckerConv) -> None:
         Layer.__init__(self, cast(nn.Module, module))
@@ -238,17 +239,17 @@ class FactoredConv(ConvLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The core, for its dtype, device and kernel."""
+        """The core's weight; callers read its dtype, device and kernel size."""
         return self.factored.core.weight
 
     @property
     def is_bare(self) -> bool:
-        """False: no kernel may read the weight and skip the module."""
+        """False: a kernel must not read the weight instead of calling the module."""
         return False
 
     @property
     def _has_stock_forward(self) -> bool:
-        return True  # the core's, since weights are run through its forward
+        return True  # weights are run through the core's forward, which is stock
 
     def tensor(self) -> Tensor:
         """The product of the factors."""
@@ -256,7 +257,7 @@ class FactoredConv(ConvLayer):
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """That of the stock layer's weight."""
+        """The shape of the stock layer's weight."""
         return (self.out_features, self.factored.in_channels, *self.weight.shape[2:])
 
     def matrix(self) -> Tensor:
@@ -264,7 +265,7 @@ class FactoredConv(ConvLayer):
         return self.tensor().flatten(1)
 
     def to_weight(self, matrix: Tensor) -> Tensor:
-        """Turn rows of the matrix into kernels."""
+        """Reshape rows of the matrix into kernels."""
         return matrix.reshape(-1, self.factored.in_channels, *self.weight.shape[2:])
 
     def clone_with(self, matrix: Tensor) -> nn.Module:

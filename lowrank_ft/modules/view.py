@@ -1,10 +1,10 @@
-"""One view over every layer that carries a weight: a matrix, out × in, and how to run it.
+"""The base class of views, which present any layer with a weight as a matrix, out × in.
 
-Methods write their mathematics once, on the matrix; this file knows that GPT-2's ``Conv1D`` stores the
-transpose, that an embedding is a matrix applied to one-hot tokens, and that a convolution's matrix is its
-unfolded kernel. Subclasses that override ``forward`` (scaled embeddings, padded convolutions, layers that
-cast) are run through *their own* ``forward`` with another weight put in, so that what they do to the base
-weight they also do to the update.
+Methods write their mathematics once, for the matrix. A view knows how its layer stores and applies it:
+GPT-2's ``Conv1D`` stores the transpose, an embedding is a matrix applied to one-hot tokens, and a
+convolution's matrix is its unfolded kernel. A class that overrides ``forward`` (scaled embeddings, padded
+convolutions, layers that cast) runs its *own* ``forward`` with a substituted weight, so that the update is
+scaled, padded or cast like the base weight.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lowrank_ft.modules.fused import Frozen
 
 
 class Layer(ABC):
-    """A weight-bearing module, seen as the matrix ``out_features × in_features``.
+    """A view of a module with a weight, as the matrix ``out_features × in_features``.
 
     Attributes:
-        module: the layer itself; its weight is read, never written.
+        module: the module; its weight is read, never written.
         out_features: rows of the matrix; channels of the output.
         in_features: columns of the matrix: input features, vocabulary size, or ``in/groups · k · k``.
         name: the module's name in the stock model, if it was passed to :func:`layer_of`.
@@ -49,7 +49,7 @@ class Layer(ABC):
 
     @property
     def size(self) -> int:
-        """How many parameters the dense layer has, bias included; also where the module stores fewer."""
+        """Number of parameters of the dense layer, bias included, even if the module stores fewer."""
         return self.out_features * self.in_features + (0 if self.bias is None else self.out_features)
 
     @property
@@ -59,14 +59,14 @@ class Layer(ABC):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The axes of :meth:`tensor`: ``"out"`` and ``"in"``, and for a convolution its kernel's."""
+        """The names of the axes of :meth:`tensor`: ``"out"``, ``"in"``, and a convolution's kernel axes."""
         return ("out", "in")
 
     @property
     def is_stock(self) -> bool:
-        """Whether the module runs torch's own forward with nothing hooked in between.
+        """Whether a call runs torch's own forward and nothing else (no hooks).
 
-        Only then may a fused kernel read the weight and skip the module.
+        Only then may a fused kernel read the weight without calling the module.
         """
         return self._has_stock_forward and self.is_bare
 
@@ -77,9 +77,9 @@ class Layer(ABC):
 
     @property
     def is_bare(self) -> bool:
-        """Whether calling the module runs its class's forward and nothing else.
+        """Whether a call runs the forward of the module's class and nothing else (no hooks).
 
-        Only then may that forward be called with another weight in place of the module.
+        Only then may that forward be called with another weight instead of calling the module.
         """
         m = self.module
         return (
@@ -91,15 +91,15 @@ class Layer(ABC):
         )
 
     def frozen(self) -> tuple[Frozen, tuple[Tensor, ...]] | None:
-        """Return how the weight multiplies, and its tensors; None where the module itself must be called.
+        """Return the weight's multiplication and its tensors, for a fused kernel.
 
-        Where a fused kernel may not read the weight: layers that are not linear, that do more than multiply,
-        or whose weight or bias trains.
+        None if the module itself must be called: if it is not linear, if it does more than multiply, or if
+        its weight or bias is trained.
         """
         return None
 
     def matrix(self) -> Tensor:
-        """The weight as ``out × in`` (a view where the layout allows one)."""
+        """The weight as ``out × in``; it shares the weight's memory if the layout allows that."""
         return self.to_matrix(self.weight)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ class Layer(ABC):
         return matrix
 
     def tensor(self) -> Tensor:
-        """The weight with an axis for each of :attr:`modes`: the matrix, or a convolution's stored weight."""
+        """The weight with the axes of :attr:`modes`: the matrix, or a convolution's stored weight."""
         return self.matrix()
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of :meth:`tensor`, which of a factored layer is a product."""
+        """The shape of :meth:`tensor`, without computing it."""
         return (self.out_features, self.in_features)
 
     def tensor_to_matrix(self, tensor: Tensor) -> Tensor:
@@ -125,10 +125,10 @@ class Layer(ABC):
 
     @abstractmethod
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Run the layer's own forward, without bias, with ``weight`` (stored layout) in its place."""
+        """Run the layer's own forward, without bias, with ``weight`` (stored layout) in place of its own."""
 
     def run_with(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Run the layer's own forward, bias and all, with ``weight`` (stored layout) in place of its own."""
+        """Run the layer's own forward, with its bias, with ``weight`` (stored layout) in place of its own."""
         return cast(Tensor, torch.func.functional_call(self.module, {"weight": weight}, (x,)))
 
     @abstractmethod
@@ -136,23 +136,23 @@ class Layer(ABC):
         """Apply ``B A`` (``out × r`` and ``r × in``) to ``x`` without forming the product."""
 
     def run_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """Apply an ``out × in`` matrix to ``x`` the way the layer applies its own."""
+        """Apply an ``out × in`` matrix to ``x`` as the layer applies its own, without bias."""
         return self.run(x, self._cast(self.to_weight(matrix), x))
 
     def rows(self, x: Tensor) -> Tensor:
-        """Turn an input into what the matrix multiplies: ``(…, in_features)``; token ids stay as they are."""
+        """Reshape an input into the rows that the matrix multiplies, ``(…, in_features)``; keep token ids."""
         return x
 
     def output_rows(self, y: Tensor) -> Tensor:
-        """Turn an output, or its gradient, into ``(…, out_features)``."""
+        """Reshape an output, or its gradient, to ``(…, out_features)``."""
         return y
 
     def per_channel(self, vector: Tensor) -> Tensor:
-        """Shape one value for each output feature so that it broadcasts over the layer's output."""
+        """Reshape a vector of one value per output feature so that it broadcasts over the output."""
         return vector
 
     def clone_with(self, matrix: Tensor) -> nn.Module:
-        """Return a module like this one whose weight is ``matrix``; everything else is shared."""
+        """Return a copy of the module with ``matrix`` as its weight; everything else is shared."""
         module = copy.copy(self.module)
         module._parameters = dict(module._parameters)
         module._buffers = dict(module._buffers)
@@ -166,16 +166,16 @@ class Layer(ABC):
 
     @property
     def _can_fuse(self) -> bool:
-        """Whether the layer is stock, and frozen."""
-        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        return self.is_stock and not trains
+        """Whether the layer is stock and frozen."""
+        is_trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return self.is_stock and not is_trained
 
     def _cast(self, tensor: Tensor, x: Tensor) -> Tensor:
-        """Cast a parameter to the compute dtype, unless autocast is going to choose it."""
+        """Cast a parameter to the input's dtype, unless autocast will choose the dtype."""
         return tensor if torch.is_autocast_enabled(x.device.type) else tensor.to(x.dtype)
 
     def _run_overridden(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Call the module's own forward with another weight, and zeros for a bias."""
+        """Call the module's own forward with another weight, and with zeros as its bias."""
         tensors = {"weight": weight}
         if self.bias is not None:
             tensors["bias"] = weight.new_zeros(self._outputs_of(weight))

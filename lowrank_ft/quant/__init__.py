@@ -1,4 +1,4 @@
-"""Weights in few bits: codebooks, packing, scales, and how each is stored."""
+"""Quantised weights: codebooks, packing of codes, scales, and the storage formats."""
 
 from lowrank_ft.quant.bnb import FourBitStorage, Int8Storage
 from lowrank_ft.quant.scheme import Scheme
@@ -8,7 +8,7 @@ __all__ = ["Scheme", "Storage", "storage_of"]
 
 
 def storage_of(scheme: Scheme) -> Storage:
-    """Return the storage that a scheme names."""
+    """Return the storage that implements a scheme."""
     if scheme.library == "bitsandbytes":
         return Int8Storage(scheme) if scheme.codebook == "int8" else FourBitStorage(scheme)
     return BlockStorage(scheme)

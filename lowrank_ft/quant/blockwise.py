@@ -1,7 +1,7 @@
-"""Small vectors in few bits: blocks of codes, and a scale for each.
+"""Quantisation of small vectors: blocks of codes, with one scale for each block.
 
 Symmetric absmax rounding: with ``m = 2^(bits−1) − 1`` and ``s = max|x| / m`` over a block, rounded to
-bfloat16, the code of x is ``round(x / s)`` in −m…m. Rounding twice is rounding once: the largest code of a
+bfloat16, the code of x is ``round(x / s)`` in −m…m. Rounding is idempotent: the largest code of a rounded
 block is m again (bfloat16 moves s by at most 2⁻⁹, and 127 · 2⁻⁹ < ½), and ``m · s`` is exact in float32.
 """
 
@@ -57,28 +57,28 @@ def encode(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         bits: 8 or 4.
 
     Returns:
-        codes, uint8: one for each value, or for two of them, the first in the low half; and scales, bfloat16,
-        one for each block of 64.
+        codes, uint8: one value in each byte, or two 4-bit ones with the first in the low half; and scales,
+        bfloat16, one for each block of 64.
     """
     blocks = _blocks(values.float())
     largest = 2 ** (bits - 1) - 1
     scales = (blocks.abs().amax(1, keepdim=True) / largest).bfloat16()
     unit = torch.where(scales == 0, 1.0, scales.float())
-    codes = (blocks / unit).round().clamp(-largest, largest).flatten()[: len(values)]
-    whole = (codes + largest).to(torch.uint8)
+    integers = (blocks / unit).round().clamp(-largest, largest).flatten()[: len(values)]
+    codes = (integers + largest).to(torch.uint8)
     if bits == 4:
-        whole = torch.cat([whole, whole.new_zeros(len(whole) % 2)]).view(-1, 2)
-        whole = whole[:, 0] + (whole[:, 1] << 4)
-    return whole, scales.flatten()
+        pairs = torch.cat([codes, codes.new_zeros(len(codes) % 2)]).view(-1, 2)
+        codes = pairs[:, 0] + (pairs[:, 1] << 4)
+    return codes, scales.flatten()
 
 
 def decode(codes: Tensor, scales: Tensor, bits: int, like: Tensor) -> Tensor:
-    """Return the values of codes: as many as ``like`` has, in its dtype."""
+    """Return the values that codes stand for: as many as ``like`` has, in its dtype."""
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=1).flatten()
     largest = 2 ** (bits - 1) - 1
-    whole = _blocks(codes[: len(like)].float() - largest)
-    return (whole * scales.float()[:, None]).flatten()[: len(like)].to(like.dtype)
+    integers = _blocks(codes[: len(like)].float() - largest)
+    return (integers * scales.float()[:, None]).flatten()[: len(like)].to(like.dtype)
 
 
 def _blocks(values: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""bitsandbytes' formats, through its primitives for quantising and reading; never through its layers.
+"""bitsandbytes' formats, by its functions for quantising and dequantising; its layers are not used.
 
-Its layers are not safe on a CPU: ``dequantize_4bit`` is wrong where a row is not a multiple of the block,
-``Linear4bit`` in eval mode repacks its weight in place on processors with AVX512-BF16, and refuses widths
-that are not multiples of 32. Here every call sees one block a row, and the packed tensors are ours.
+Its layers are not safe on a CPU: ``dequantize_4bit`` is wrong if a row is not a multiple of the block,
+``Linear4bit`` in eval mode repacks its weight in place on processors with AVX512-BF16, and it rejects widths
+that are not multiples of 32. Here every call gets a matrix with one block a row, and this package owns the
+packed tensors.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from lowrank_ft.errors import ConfigError
 from lowrank_ft.quant.rounding import Feedback
 from lowrank_ft.quant.storage import Shape, Storage, Tensors, finite, in_blocks
 
-NESTED_BLOCK = 256  # scales that share one, in bitsandbytes' double quantisation
+NESTED_BLOCK = 256  # scales that share a scale of their own, in bitsandbytes' double quantisation
 
 
 class FourBitStorage(Storage):
-    """nf4 and fp4, their scales in float32 or quantised again to bitsandbytes' dynamic eight-bit map.
+    """nf4 and fp4, with scales in float32 or quantised again to bitsandbytes' dynamic eight-bit map.
 
-    Two codes a byte, the first in the high half. Doubly quantised scales have their mean taken off first.
+    A byte holds two codes, the first in the high half. In double quantisation the mean of the scales is
+    subtracted first.
     """
 
     def shapes(self, rows: int, columns: int) -> dict[str, Shape]:
-        """Return ``codes`` and ``scales``, and of double quantisation ``supers`` and ``offset``."""
+        """Return ``codes`` and ``scales``, and for double quantisation ``supers`` and ``offset``."""
         s = self.scheme
         blocks = -(-rows * columns // s.block)
         codes = Shape((blocks * s.block // 2,), torch.uint8)
@@ -44,7 +46,7 @@ class FourBitStorage(Storage):
         """Quantise a matrix (see :meth:`Storage.pack`).
 
         Raises:
-            ConfigError: feedback, which bitsandbytes' rounding has no place for.
+            ConfigError: feedback, which bitsandbytes' rounding does not support.
         """
         F_ = _functional()
         blocks = _blocks(matrix, self.scheme.block, feedback)
@@ -79,7 +81,7 @@ class FourBitStorage(Storage):
         return flat[first - low * s.block : last - low * s.block].view(stop - start, columns)
 
     def block_scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the scales of all blocks, float32, as they are read."""
+        """Return the scales of all blocks after storage, float32."""
         if self.scheme.scale_bits == 32:
             return tensors["scales"]
         code = _functional().create_dynamic_map().to(tensors["scales"].device)
@@ -89,7 +91,7 @@ class FourBitStorage(Storage):
 
 
 class Int8Storage(Storage):
-    """LLM.int8()'s weights: a row's codes are ``round(127 w / max|w|)`` (Dettmers et al. 2022)."""
+    """LLM.int8()'s format: the codes of a row are ``round(127 w / max|w|)`` (Dettmers et al. 2022)."""
 
     def shapes(self, rows: int, columns: int) -> dict[str, Shape]:
         """Return ``codes`` and ``scales``."""
@@ -125,7 +127,7 @@ def _functional() -> Any:
 
 
 def _blocks(matrix: Tensor, block: int, feedback: Feedback | None) -> Tensor:
-    """The matrix in float32 with one block a row, checked."""
+    """Return the matrix in float32 with one block a row, after checking that it can be packed."""
     if feedback is not None:
         raise ConfigError("bitsandbytes rounds to nearest: use library='torch' for rounding='feedback'.")
     return in_blocks(finite(matrix), block)

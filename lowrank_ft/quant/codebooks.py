@@ -1,12 +1,12 @@
-"""The levels that a weight, divided by its block's scale, is rounded to: sorted, within −1…1.
+"""Codebooks: the sorted levels in −1…1 that a weight, divided by its block's scale, is rounded to.
 
 * ``nf``: quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, section 3; the general
   k of Guo et al. 2024, arXiv 2311.12023, appendix A). A block's scale is its largest magnitude.
 * ``fp4``: bitsandbytes' four-bit float.
-* ``signed``: a block's scale is its entry of the largest magnitude *with its sign*, so that entry is 1 and
-  no level is spent on −1; 0 and 1 are levels and the others minimise the squared error of a normal
-  distribution's blocks (after Blumenberg et al. 2025, arXiv 2505.06653, BOF4-S).
-* ``fitted``: signed as well, but the levels minimise the squared error of the matrix at hand.
+* ``signed``: a block's scale is its entry of the largest magnitude *with its sign*, so that entry becomes 1
+  and −1 needs no level. 0 and 1 are levels; the others minimise the squared error of blocks of normally
+  distributed weights (after Blumenberg et al. 2025, arXiv 2505.06653, BOF4-S).
+* ``fitted``: signed as well, but the levels minimise the squared error of the matrix that is quantised.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from lowrank_ft.errors import ConfigError
 
 NF_OFFSET = 0.9677083  # δ: the quantile of the largest level, from bitsandbytes
 FP4 = (0.0, 0.0052083333, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0)
-_CELLS = 8192  # of −1…1, for the density and the histogram; both are read between cells, so levels are finer
+# Cells of −1…1 for densities and histograms. Sums are interpolated between cells, so levels are finer.
+_CELLS = 8192
 
 
 def levels_of(name: str, bits: int, block: int) -> Tensor:
-    """Return a codebook by name: ``(2^bits,)``, float32, ascending. A fitted one starts as a signed one.
+    """Return a codebook by name: ``(2^bits,)``, float32, ascending; for ``fitted``, its starting point.
 
     Raises:
-        ConfigError: no such codebook in so many bits.
+        ConfigError: there is no such codebook with this number of bits.
     """
     if name == "nf":
         return normal_float(bits)
@@ -41,9 +42,9 @@ def levels_of(name: str, bits: int, block: int) -> Tensor:
 
 
 def normal_float(bits: int) -> Tensor:
-    """Return NF-k, quantiles of a normal distribution divided by the largest.
+    """Return NF-k: quantiles of a normal distribution, divided by the largest.
 
-    At ``linspace(1−δ, ½, 2^(k−1))`` and ``linspace(½, δ, 2^(k−1)+1)``, ½ once.
+    The probabilities are ``linspace(1−δ, ½, 2^(k−1))`` and ``linspace(½, δ, 2^(k−1)+1)``, with ½ once.
     """
     left = torch.linspace(1 - NF_OFFSET, 0.5, 2 ** (bits - 1), dtype=torch.float64)
     right = torch.linspace(0.5, NF_OFFSET, 2 ** (bits - 1) + 1, dtype=torch.float64)
@@ -55,11 +56,11 @@ def normal_float(bits: int) -> Tensor:
 
 @functools.cache
 def signed(bits: int, block: int) -> Tensor:
-    """Return the codebook of blocks of ``block`` normal entries divided by their signed largest.
+    """Return the codebook for blocks of ``block`` normal entries, divided by their signed largest entry.
 
-    With m the block's largest magnitude, of density ``∝ φ(m) (2Φ(m)−1)^(B−1)``, the other entries are normal,
-    cut at ±m; errors count by m². So ``u = x / m`` has the weight
-    ``p(u) ∝ ∫ m³ φ(m) φ(um) (2Φ(m)−1)^(B−2) dm``, and the levels are Lloyd's for it, 0 and 1 held.
+    A block's largest magnitude m has the density ``∝ φ(m) (2Φ(m)−1)^(B−1)``; the other entries x are normal,
+    truncated at ±m, and errors are scaled by m². So ``u = x / m`` has the weight
+    ``p(u) ∝ ∫ m³ φ(m) φ(um) (2Φ(m)−1)^(B−2) dm``; Lloyd's algorithm fits the levels to it, 0 and 1 fixed.
     """
     u = _centers()
     m = torch.linspace(0, 8, 801, dtype=torch.float64)[1:]
@@ -70,11 +71,11 @@ def signed(bits: int, block: int) -> Tensor:
 
 
 def fitted(values: Tensor, weights: Tensor, start: Tensor) -> Tensor:
-    """Return levels of the least weighted squared error for values in −1…1.
+    """Return levels that minimise the weighted squared error of values in −1…1.
 
     Args:
         values: normalised weights, any shape.
-        weights: how much each one's squared error counts, likewise.
+        weights: how much each value's squared error counts, of the same shape.
         start: levels to start from.
     """
     cells = ((values.flatten().double() + 1) * (_CELLS / 2)).long().clamp(0, _CELLS - 1)
@@ -88,20 +89,20 @@ def fitted(values: Tensor, weights: Tensor, start: Tensor) -> Tensor:
 
 
 def _means(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
-    """The exact means of what is nearest to each level, which the histogram rounds to its cells."""
+    """Return the exact mean of the values nearest to each level; the histogram rounds them to its cells."""
     nearest = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
     mass, moment = (torch.zeros_like(levels).index_add_(0, nearest, w) for w in (weights, weights * values))
     return torch.where(mass > 0, moment / mass.clamp_min(1e-300), levels)
 
 
 def lloyd(mass: Tensor, levels: Tensor, held: tuple[float, ...] = (), sweeps: int = 200) -> Tensor:
-    """Return levels where each is the mean of what is nearest to it (Lloyd 1982).
+    """Return levels such that each is the mean of the mass nearest to it (Lloyd 1982).
 
     Args:
-        mass: of each cell of −1…1, ``(_CELLS,)``, float64.
-        levels: to start from, ascending.
-        held: levels that stay.
-        sweeps: at most so many.
+        mass: the mass of each cell of −1…1, ``(_CELLS,)``, float64.
+        levels: levels to start from, ascending.
+        held: levels that must not move.
+        sweeps: the largest number of iterations.
     """
     u = _centers()
     edges = torch.linspace(-1, 1, _CELLS + 1, dtype=torch.float64)
@@ -120,12 +121,12 @@ def lloyd(mass: Tensor, levels: Tensor, held: tuple[float, ...] = (), sweeps: in
 
 
 def _start(density: Tensor, bits: int) -> Tensor:
-    """Levels spaced as ``p^⅓`` asks (Panter and Dite 1951), as many on each side of 0, and 1."""
+    """Return levels to start from: −x, 0, x and 1, with x spaced by ``p^⅓`` (Panter and Dite 1951)."""
     side = 2 ** (bits - 1) - 1
     u = _centers()
     cumulative = density[u > 0].pow(1 / 3).cumsum(0)
-    wanted = (torch.arange(side, dtype=torch.float64) + 0.5) / (side + 0.5) * cumulative[-1]
-    positive = u[u > 0][torch.searchsorted(cumulative, wanted).clamp_max(len(cumulative) - 1)]
+    quantiles = (torch.arange(side, dtype=torch.float64) + 0.5) / (side + 0.5) * cumulative[-1]
+    positive = u[u > 0][torch.searchsorted(cumulative, quantiles).clamp_max(len(cumulative) - 1)]
     return torch.cat([-positive.flip(0), positive.new_zeros(1), positive, positive.new_ones(1)])
 
 
@@ -133,8 +134,8 @@ def _centers() -> Tensor:
     return (torch.arange(_CELLS, dtype=torch.float64) + 0.5) * (2 / _CELLS) - 1
 
 
-def _at(grid: Tensor, values: Tensor, where: Tensor) -> Tensor:
-    """Interpolate linearly on an even grid."""
-    position = (where - grid[0]) / (grid[1] - grid[0])
+def _at(grid: Tensor, values: Tensor, points: Tensor) -> Tensor:
+    """Interpolate values on an even grid linearly at points."""
+    position = (points - grid[0]) / (grid[1] - grid[0])
     index = position.floor().long().clamp(0, len(grid) - 2)
     return torch.lerp(values[index], values[index + 1], position - index)

@@ -1,4 +1,4 @@
-"""Reading packed codes by a C kernel (see :mod:`lowrank_ft.compiled`), to the bits of plain torch."""
+"""Unpacking by a C kernel (see :mod:`lowrank_ft.compiled`); results are bit-identical to plain torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_ft.compiled import Kernel, at
 KERNEL = Kernel(
     Path(__file__).with_name("unpack.c"), "packed weights are read by plain torch, several times slower"
 )
-_SHARE = 2**18  # weights for each thread: fewer are not worth starting one
+_SHARE = 2**18  # the fewest weights for which another thread pays
 
 
 def reads(codes: Tensor) -> bool:
@@ -27,11 +27,11 @@ def unpack(codes: Tensor, levels: Tensor, scales: Tensor, bits: int, block: int)
     """Return each code's level times its block's scale, ``(blocks, block)``, float32.
 
     Args:
-        codes: packed, of whole blocks, uint8.
+        codes: packed codes of whole blocks, uint8.
         levels: ``(2^bits,)``, float32.
         scales: ``(blocks,)``, float32.
-        bits: of a code: 2, 3, 4 or 8.
-        block: codes that share a scale, a multiple of 8.
+        bits: bits of a code: 2, 3, 4 or 8.
+        block: number of codes that share a scale, a multiple of 8.
     """
     run = KERNEL.function("unpack")
     codes, levels, scales = (tensor.contiguous() for tensor in (codes, levels, scales))
@@ -60,12 +60,12 @@ def read_scales(
     """Return the scales of blocks ``first``, ``first + 1``, …, float32.
 
     Args:
-        codes: one a scale, uint8: its magnitude, plus ``largest + 1`` where the scale is negative.
+        codes: one for each scale, uint8: its magnitude, plus ``largest + 1`` if the scale is negative.
         supers: the largest scale of each group, float32.
-        offset: ``(1,)``, what was taken off all of them.
-        largest: code of a magnitude, one less than a power of two.
-        group: scales that share one.
-        first: which one the first code is of.
+        offset: ``(1,)``, the number subtracted from all magnitudes before rounding.
+        largest: the largest code of a magnitude, one less than a power of two.
+        group: number of scales that share one of ``supers``.
+        first: index of the block to which the first code belongs.
     """
     run = KERNEL.function("read_scales")
     codes, supers = codes.contiguous(), supers.contiguous()

@@ -1,7 +1,7 @@
-"""Codes of 2, 3, 4 or 8 bits, laid end to end in bytes: three bits take three bits.
+"""Codes of 2, 3, 4 or 8 bits, packed into bytes without gaps: a 3-bit code takes three bits.
 
 Four 2-bit codes, or two 4-bit ones, share a byte, the first in the low bits; eight 3-bit codes share three
-bytes, little-endian. Reading goes through a table of what a byte (or 12 bits) holds: one lookup gives
+bytes, little-endian. A table has the weights of every byte (or 12-bit word), so that one lookup yields
 several weights.
 """
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 8  # codes that end on a whole byte, whatever their bits
+GROUP = 8  # a group of this many codes fills whole bytes, whatever the number of bits
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return how many bytes so many codes take; filled up to a multiple of :data:`GROUP`."""
+    """Return how many bytes ``count`` codes take, after padding to a multiple of :data:`GROUP`."""
     return -(-count // GROUP) * bits
 
 
@@ -42,7 +42,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Return all codes in ``packed``, uint8, the padding with them."""
+    """Return all codes in ``packed``, uint8, padding included."""
     if bits == 8:
         return packed
     return look_up(packed, torch.arange(2**bits, device=packed.device), bits).flatten().to(torch.uint8)
@@ -61,7 +61,7 @@ def look_up(packed: Tensor, levels: Tensor, bits: int) -> Tensor:
 
 
 def _table(levels: Tensor, bits: int) -> Tensor:
-    """What each word holds: ``(256, 8/bits)``, or for 3 bits ``(4096, 4)``."""
+    """The levels of each word's codes: ``(256, 8/bits)``, or for 3 bits ``(4096, 4)``."""
     each = 4 if bits == 3 else 8 // bits
     word = torch.arange(2 ** (bits * each), device=levels.device)
     return torch.stack([levels[(word >> (bits * i)) & (2**bits - 1)] for i in range(each)], 1)

@@ -1,9 +1,9 @@
-"""Which scheme (and rank) for each matrix under one budget: the options, and what each of them costs.
+"""The options of the integer program: schemes (and ranks) for each matrix, with their sizes and errors.
 
-LQ-LoRA decomposes every matrix under every configuration (arXiv 2311.12023, section 3.2), 432 of them. Here
-it is done once for each number of bits and block size, and the error that quantised scales add is estimated
-from the largest entries of each block; a correction's rank is read off the spectrum of what is left, so that
-all ranks cost one decomposition.
+LQ-LoRA decomposes every matrix under each of 432 configurations (arXiv 2311.12023, section 3.2). Here a
+matrix is quantised once for each number of bits and block size; the error that quantised scales add is
+estimated from the largest entries of each block, and the errors of all ranks of a correction follow from one
+decomposition of the quantisation error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight to be stored, as the integer program sees it.
+    """A weight to be quantised, with the data that the integer program needs.
 
     Attributes:
         weight: ``(out, in)``, float32.
-        metric: what weighs its errors.
-        ranks: ranks that a correction may have; none for no correction.
-        factor_bits: of each number in its factors.
+        metric: the metric that weighs its errors.
+        ranks: ranks that a correction may have; empty for no correction.
+        factor_bits: bits of each number in the correction's factors.
     """
 
     weight: Tensor
@@ -45,10 +45,10 @@ class Matrix:
 
 
 def grid(base: Scheme, name: GridName) -> list[Scheme]:
-    """Return the schemes to choose from, in the codebook of ``base``.
+    """Return the schemes to choose from, with the codebook of ``base``.
 
-    ``compact``: 2, 3, 4 and 8 bits in blocks of 16, 32 and 64, scales as in ``base``. ``paper``: times
-    scales of 2, 3, 4 and 8 bits in blocks of 16, 64 and 256, their scales in three types: 432 in all.
+    ``compact``: 2, 3, 4 and 8 bits in blocks of 16, 32 and 64, scales as in ``base``. ``paper``: each of them
+    with scales of 2, 3, 4 and 8 bits in blocks of 16, 64 and 256 and three scale types: 432 in all.
     """
     bits = (2, 3, 4, 8) if base.codebook in ("nf", "signed", "fitted") else (base.bits,)
     schemes = [replace(base, bits=b, block=B) for b, B in itertools.product(bits, (16, 32, 64))]
@@ -62,7 +62,7 @@ def grid(base: Scheme, name: GridName) -> list[Scheme]:
 
 
 def options_of(matrix: Matrix, schemes: Sequence[Scheme]) -> list[Option]:
-    """Return every scheme with every rank: its bytes, and its predicted cost in the metric's unit."""
+    """Return an option for every scheme and rank: its bytes, and its predicted error in the metric's unit."""
     shape = matrix.weight.shape
     options: list[Option] = []
     groups: dict[Scheme, list[Scheme]] = {}
@@ -71,7 +71,7 @@ def options_of(matrix: Matrix, schemes: Sequence[Scheme]) -> list[Option]:
             scheme
         )
     for plain, members in groups.items():
-        # Scales of eight bits cut off next to nothing; the largest entry of a block stands for all.
+        # Scales of eight bits clip next to nothing, so the largest entry of a block is enough.
         coarse = any(scheme.scale_bits < 8 for scheme in members)
         left, energies, add = _errors(matrix, plain, 4 if coarse else 1)
         for scheme in members:
@@ -86,31 +86,31 @@ def options_of(matrix: Matrix, schemes: Sequence[Scheme]) -> list[Option]:
 
 
 def _errors(matrix: Matrix, plain: Scheme, cut_off: int) -> tuple[float, Tensor, Callable[[Scheme], float]]:
-    """The error with exact scales, what a correction's directions take of it, and what other scales add.
+    """The error with exact scales, how much each direction of a correction removes, and what a scheme adds.
 
-    ``cut_off`` is how many entries of a block a scale that was rounded down may clip.
+    ``cut_off`` is the number of entries of a block that a scale rounded down may clip.
     """
     W, storage = matrix.weight, BlockStorage(plain)
     packed = storage.pack(W)
-    read = storage.unpack(packed, W.shape[1], 0, W.shape[0], torch.float32)
-    left = matrix.metric.error(W - read)
+    quantized = storage.unpack(packed, W.shape[1], 0, W.shape[0], torch.float32)
+    left = matrix.metric.error(W - quantized)
     energies = torch.zeros(0)
     if matrix.ranks:
-        _, energies = matrix.metric.leading(W - read, max(matrix.ranks))
+        _, energies = matrix.metric.leading(W - quantized, max(matrix.ranks))
     scales = packed["scales"].abs()
-    worth = matrix.metric.densities(W.shape).to(W.device)
-    rounding = in_blocks(worth * (W - read).square(), plain.block).sum(1)
+    densities = matrix.metric.densities(W.shape).to(W.device)
+    rounding = in_blocks(densities * (W - quantized).square(), plain.block).sum(1)
     sizes = in_blocks(W.abs(), plain.block)
-    largest, where = sizes.max(1, keepdim=True) if cut_off == 1 else sizes.topk(cut_off, 1)
-    value = in_blocks(worth, plain.block).gather(1, where)
+    largest, positions = sizes.max(1, keepdim=True) if cut_off == 1 else sizes.topk(cut_off, 1)
+    density = in_blocks(densities, plain.block).gather(1, positions)
 
     def add(scheme: Scheme) -> float:
-        """Entries within a rounded scale are rounded on a stretched grid; entries beyond it are clipped."""
+        """Estimate the error of rounded scales: the grid is stretched, and entries beyond it are clipped."""
         if scheme.scale_bits == 32:
             return 0.0
         moved = BlockStorage(scheme).read_scales(packed["scales"]).abs()
         stretched = (moved / torch.where(scales == 0, 1.0, scales)).square() - 1
-        cut = value * (largest - moved[:, None]).clamp_min(0).square()
-        return float((rounding * stretched).sum(dtype=torch.float64) + cut.sum(dtype=torch.float64))
+        clipped = density * (largest - moved[:, None]).clamp_min(0).square()
+        return float((rounding * stretched).sum(dtype=torch.float64) + clipped.sum(dtype=torch.float64))
 
     return left, energies, add

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from lowrank_ft import solve
 
-_WIDTH = 64  # columns that exchange feedback one by one; feedback from earlier columns is one matrix product
+_WIDTH = 64  # columns with feedback one by one; the feedback of all columns before them is one product
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """Error feedback under the metric ``C``: the least ``tr(E C Eᵀ)`` that rounding in one order reaches.
+    """Error feedback under the metric ``C``: the linear feedback with the least ``tr(E C Eᵀ)`` for one order.
 
     With ``C = M D Mᵀ``, M unit upper triangular in the order of rounding, that is ``Σ_k D_k ‖(E M)_k‖²``.
-    Column k of ``E M`` is ``e_k + Σ_{j<k} e_j M_jk``, so rounding ``w_k + Σ_{j<k} e_j M_jk`` instead of
-    ``w_k`` leaves it the plain rounding error (Chee et al. 2023, arXiv 2307.13304, section 3; the same
-    rounding as GPTQ's, Frantar et al. 2022, arXiv 2210.17323). The columns of the largest second moment come
-    first, while there are others left to make up for them. Nothing is inverted.
+    Column k of ``E M`` is ``e_k + Σ_{j<k} e_j M_jk``. If ``w_k + Σ_{j<k} e_j M_jk`` is rounded instead of
+    ``w_k``, that column is only the rounding error of step k (Chee et al. 2023, arXiv 2307.13304, section 3;
+    the same rounding as GPTQ's, Frantar et al. 2022, arXiv 2210.17323). Columns of large second moment are
+    rounded first, while most others can still compensate for their errors. No matrix is inverted.
 
     Attributes:
         order: the order of rounding, ``(columns,)``.
@@ -36,9 +36,9 @@ class Feedback:
 
         Args:
             C: ``(columns, columns)``, float64.
-            ridge: at least this much of the mean of diag C is added. The input of a layer will be off by what
-                quantising the layers before it did, in all directions, also those that C has nothing in; with
-                next to no ridge errors are pushed into those, and add up.
+            ridge: at least this multiple of the mean of diag C is added to the diagonal. Quantising the
+                earlier layers perturbs this layer's input in all directions, also in those where C is zero;
+                with almost no ridge, rounding errors are moved into these directions and add up there.
         """
         order = C.diagonal().argsort(descending=True, stable=True)
         sorted_ = C[order][:, order]
@@ -50,7 +50,7 @@ class Feedback:
 
         Args:
             W: ``(rows, columns)``, float32.
-            scales: each entry's, likewise; none zero.
+            scales: the scale of each entry, of the same shape; none may be zero.
             levels: the codebook, ascending.
         """
         cuts = (levels[1:] + levels[:-1]) / 2

@@ -1,4 +1,4 @@
-"""How a matrix is stored in few bits, as plain data, and what that costs."""
+"""The parameters of a quantised storage format, as plain data, and its bits per weight."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ SCALE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 @dataclass(frozen=True)
 class Scheme:
-    """Blocks of codes, a scale for each, and the scales in blocks of codes themselves."""
+    """Blocks of codes with one scale each; the scales may be quantised in blocks too."""
 
     codebook: CodebookName = "nf"
-    """Levels: "nf" (normal float), "signed", "fitted", "fp4", or "int8" (one scale a row)."""
+    """Levels that weights are rounded to: "nf" (normal float), "signed", "fitted", "fp4", or "int8" (one
+    scale a row)."""
     bits: int = 4
     """Bits of a code: 2, 3, 4 or 8."""
     block: int = 64
-    """Weights that share a scale, along the rows of the matrix laid end to end."""
+    """Number of consecutive weights, row by row, that share a scale."""
     scale_bits: int = 8
-    """Bits of a scale: 2, 3, 4 or 8 (double quantisation); 32 keeps scales in float32."""
+    """Bits of a scale: 2, 3, 4 or 8 (double quantisation), or 32 for scales in float32."""
     scale_block: int = 256
-    """Scales that share a scale of theirs."""
+    """Number of scales that share a second-level scale, in double quantisation."""
     scale_dtype: ScaleType = "float32"
-    """Type of the scales' scales."""
+    """Type of the second-level scales."""
     library: Library = "torch"
-    """Who packs: "torch" (this package), or "bitsandbytes"."""
+    """Library that quantises the weights: "torch" (this package) or "bitsandbytes"."""
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -48,7 +49,9 @@ class Scheme:
         if self.library == "bitsandbytes":
             self._check_bitsandbytes()
         elif self.codebook == "int8":
-            raise ConfigError("int8 with one scale a row is bitsandbytes': set library='bitsandbytes'.")
+            raise ConfigError(
+                "Only bitsandbytes stores int8 with one scale a row: set library='bitsandbytes'."
+            )
 
     def _check_bitsandbytes(self) -> None:
         if self.codebook == "int8":
@@ -67,9 +70,9 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """``b₀ + b₁/B₀ + b₂/(B₀ B₁)``; padding, offset and codebook apart (LQ-LoRA, section 3.2)."""
+        """``b₀ + b₁/B₀ + b₂/(B₀ B₁)``, without padding, offset and codebook (LQ-LoRA, section 3.2)."""
         if self.codebook == "int8":
-            return 8.0  # and 32 for each row
+            return 8.0  # the scale, 32 bits for each row, is left out
         if self.scale_bits == 32:
             return self.bits + 32 / self.block
         scales = SCALE_BITS[self.scale_dtype] / (self.block * self.scale_block)

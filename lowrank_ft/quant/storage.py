@@ -1,7 +1,7 @@
-"""The storage protocol: a matrix into packed tensors and back, by rows, and how many bytes that takes.
+"""The storage protocol: pack a matrix into tensors, unpack some of its rows, and count the bytes.
 
-This file is pure torch and the oracle for every other storage. Tensors are plain: codes are uint8, scales
-float, so that they shard, cast and save like anything else.
+This file is pure torch and the oracle in the tests of every other storage. Packed tensors are ordinary uint8
+and float tensors, so that they shard, cast and save like any others.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes it takes."""
+        """Bytes that the tensor takes."""
         return math.prod(self.size) * self.dtype.itemsize
 
 
 class Storage(ABC):
-    """One way to keep a matrix ``rows × columns`` in few bits.
+    """One format for a quantised matrix, ``rows × columns``.
 
     Attributes:
-        scheme: its parameters.
+        scheme: the parameters of the format.
     """
 
     def __init__(self, scheme: Scheme) -> None:
@@ -49,14 +49,14 @@ class Storage(ABC):
 
     @abstractmethod
     def shapes(self, rows: int, columns: int) -> dict[str, Shape]:
-        """Return the packed tensors' names, sizes and dtypes. Pure arithmetic."""
+        """Return the packed tensors' names, sizes and dtypes, without allocating anything."""
 
     @abstractmethod
     def pack(self, matrix: Tensor, feedback: Feedback | None = None) -> Tensors:
         """Quantise a matrix.
 
         Args:
-            matrix: ``(rows, columns)``, any float dtype; computed with in float32.
+            matrix: ``(rows, columns)``, any float dtype; converted to float32.
             feedback: compensates for rounding errors in later columns; None rounds to nearest.
 
         Raises:
@@ -77,15 +77,15 @@ class Storage(ABC):
 class BlockStorage(Storage):
     """Blocks of codes with a scale each, by LQ-LoRA's double quantisation (arXiv 2311.12023, section 3.2).
 
-    The rows are laid end to end and cut into blocks of ``B₀``, the last one filled up with zeros. A block's
-    scale is its largest magnitude (signed codebooks: its largest entry). Scales, less the smallest of the
-    matrix (``offset``), are rounded to ``b₁`` bits, evenly from 0 to the largest of their ``B₁`` (``supers``,
-    in ``b₂`` bits); of signed scales one of the bits is the sign. Weights are divided by the scales as they
-    will be read.
+    The flattened matrix is cut into blocks of ``B₀`` weights; the last block is padded with zeros. A block's
+    scale is its largest magnitude (for signed codebooks, that entry with its sign). The smallest scale of the
+    matrix (``offset``) is subtracted from all; the results are rounded to ``b₁`` bits, evenly from 0 to the
+    largest of each ``B₁`` of them (``supers``, in ``b₂`` bits). In signed scales one bit is the sign. Weights
+    are divided by the scales after rounding.
     """
 
     def shapes(self, rows: int, columns: int) -> dict[str, Shape]:
-        """Return ``codes``, ``scales``, ``levels``, and of double quantisation ``supers`` and ``offset``."""
+        """Return ``codes``, ``scales``, ``levels``, and for double quantisation ``supers`` and ``offset``."""
         s = self.scheme
         blocks = -(-rows * columns // s.block)
         shapes = {
@@ -116,8 +116,8 @@ class BlockStorage(Storage):
         if feedback is None:
             codes = nearest(blocks / unit, levels).flatten()
         else:
-            by_weight = unit.expand_as(blocks).flatten()[: W.numel()].view_as(W)
-            codes = feedback.codes(W, by_weight, levels).flatten()
+            scale_of_each = unit.expand_as(blocks).flatten()[: W.numel()].view_as(W)
+            codes = feedback.codes(W, scale_of_each, levels).flatten()
             zero = int(nearest(levels.new_zeros(1), levels))
             codes = F.pad(codes, (0, blocks.numel() - codes.numel()), value=zero)
         return {"codes": pack_codes(codes, s.bits), "levels": levels, **tensors}
@@ -139,13 +139,13 @@ class BlockStorage(Storage):
         return flat.view(stop - start, columns).to(dtype)
 
     def block_scales(self, tensors: Mapping[str, Tensor], low: int, high: int) -> Tensor:
-        """Return the scales of blocks ``low … high``, float32, as they are read."""
+        """Return the scales of blocks ``low`` to ``high − 1`` after storage, float32."""
         s = self.scheme
         if s.scale_bits == 32:
             return tensors["scales"][low:high]
-        from_, to = low // GROUP, -(-high // GROUP)
-        codes = unpack_codes(tensors["scales"][from_ * s.scale_bits : to * s.scale_bits], s.scale_bits)
-        codes = codes[low - from_ * GROUP : high - from_ * GROUP]
+        start, stop = low // GROUP, -(-high // GROUP)  # whole groups, since codes can straddle bytes
+        codes = unpack_codes(tensors["scales"][start * s.scale_bits : stop * s.scale_bits], s.scale_bits)
+        codes = codes[low - start * GROUP : high - start * GROUP]
         if cpu.reads(codes):
             supers = tensors["supers"].float()
             return cpu.read_scales(codes, supers, tensors["offset"], self._largest, s.scale_block, low)
@@ -164,14 +164,14 @@ class BlockStorage(Storage):
             return {"scales": scales}
         magnitude = scales.abs()
         offset = magnitude.min()
-        over = in_blocks(magnitude - offset, s.scale_block)
-        supers = over.amax(1).to(_DTYPES[s.scale_dtype])
+        excess = in_blocks(magnitude - offset, s.scale_block)
+        supers = excess.amax(1).to(_DTYPES[s.scale_dtype])
         unit = torch.where(supers == 0, 1.0, supers.float())[:, None]
-        codes = (over / unit * self._largest).round().clamp(0, self._largest).flatten()[: scales.numel()]
-        whole = codes.to(torch.uint8)
+        steps = (excess / unit * self._largest).round().clamp(0, self._largest).flatten()[: scales.numel()]
+        codes = steps.to(torch.uint8)
         if s.is_signed:
-            whole = torch.where(scales < 0, whole + self._largest + 1, whole)
-        return {"scales": pack_codes(whole, s.scale_bits), "supers": supers, "offset": offset[None]}
+            codes = torch.where(scales < 0, codes + self._largest + 1, codes)
+        return {"scales": pack_codes(codes, s.scale_bits), "supers": supers, "offset": offset[None]}
 
     @property
     def _largest(self) -> int:
@@ -180,7 +180,7 @@ class BlockStorage(Storage):
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """Return the index of the nearest level; of two equally near, the lower."""
+    """Return the index of the level nearest to each value; of two equally near, the lower."""
     cuts = (levels[1:] + levels[:-1]) / 2
     if len(cuts) > 16:
         return torch.bucketize(values, cuts)
@@ -191,7 +191,7 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
 
 
 def finite(matrix: Tensor) -> Tensor:
-    """Return a matrix to be quantised in float32.
+    """Return a matrix that is to be quantised, in float32.
 
     Raises:
         NonFiniteError: NaN or infinite entries.
@@ -203,7 +203,7 @@ def finite(matrix: Tensor) -> Tensor:
 
 
 def in_blocks(values: Tensor, block: int) -> Tensor:
-    """Return values laid end to end, one block a row, the last one filled up with zeros."""
+    """Return the flattened values as a matrix of one block a row, the last one padded with zeros."""
     flat = values.flatten()
     return F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
 

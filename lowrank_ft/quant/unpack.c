@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* What every word of `each` codes holds. */
+/* Fill the table: the levels of the `each` codes in every possible word. */
 static void fill(const float *levels, int bits, int each, float *table) {
   for (int word = 0; word < 1 << (bits * each); word++)
     for (int i = 0; i < each; i++) table[word * each + i] = levels[(word >> (bits * i)) & ((1 << bits) - 1)];
@@ -30,8 +30,8 @@ void unpack(const uint8_t *codes, const float *levels, const float *scales, int6
   }
 }
 
-/* Scales of blocks `first`, first + 1, …: a code's magnitude times its share of the largest of `group` scales,
- * plus the smallest of all; codes above `largest` are of negative scales. */
+/* Scales of blocks `first`, first + 1, …: the code's magnitude, as a fraction of `largest`, times the largest
+ * scale of its group, plus the smallest scale of all (`offset`). Codes above `largest` are negative scales. */
 void read_scales(const uint8_t *codes, const float *supers, const float *offset, int64_t largest, int64_t group,
                  int64_t first, int64_t count, float *out) {
   for (int64_t i = 0; i < count; i++) {

@@ -130,7 +130,9 @@ def same_for_all(options: Mapping[str, Sequence[Option]], budget: int) -> dict[s
         if len(chosen) == len(options) and sum(o.size for o in chosen.values()) <= budget
     ]
     if not fitting:
-        raise ConfigError(f"No one scheme for all layers fits into {budget:,} bytes: raise the budget.")
+        raise ConfigError(
+            f"No one scheme for all layers fits the budget of {budget:,} bytes: raise the budget."
+        )
     return min(fitting, key=lambda chosen: sum(o.loss for o in chosen.values()))
 
 
@@ -251,8 +253,8 @@ def keep_by_entropy(
 ) -> dict[int, float]:
     """Return the share that each block keeps: ``1 − c · softmax(−s/ε)``, with c such that the budget is met.
 
-    The paper's equation 10, ``φ = L φ̄ softmax(−s/ε)``, can remove more from a block than it has; the excess
-    is removed from the other blocks.
+    Equation 10 of MoDeGPT (arXiv 2408.09632), ``φ = L φ̄ softmax(−s/ε)``, can remove more from a block than it
+    has; the excess is removed from the other blocks.
 
     Args:
         influence: s of each block, by block index.

@@ -28,7 +28,7 @@ def leverage_scores(C: Tensor, ridge: float = 1.0) -> Tensor:
 def pivoted_order(C: Tensor) -> Tensor:
     """Return the columns in the order of pivoted Cholesky.
 
-    Each column has the largest residual after those before it (Harbrecht, Peters and Schneider 2012).
+    Each column has the largest residual, given the columns before it (Harbrecht, Peters and Schneider 2012).
 
     Args:
         C: ``(n, n)``, float64, positive semidefinite.
@@ -37,16 +37,16 @@ def pivoted_order(C: Tensor) -> Tensor:
         a permutation of the columns, ``(n,)``.
     """
     n = len(C)
-    left, lower = C.diagonal().clone(), C.new_zeros(n, n)
+    residual, lower = C.diagonal().clone(), C.new_zeros(n, n)
     order = torch.empty(n, dtype=torch.long, device=C.device)
     for step in range(n):
-        pivot = int(left.argmax())
+        pivot = int(residual.argmax())
         order[step] = pivot
-        if left[pivot] > 0:
+        if residual[pivot] > 0:
             column = C[:, pivot] - lower[:, :step] @ lower[pivot, :step]
-            lower[:, step] = column / left[pivot].sqrt()
-            left -= lower[:, step].square()
-        left[pivot] = -math.inf
+            lower[:, step] = column / residual[pivot].sqrt()
+            residual -= lower[:, step].square()
+        residual[pivot] = -math.inf
     return order
 
 

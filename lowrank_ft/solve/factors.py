@@ -100,14 +100,14 @@ class Factors:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The singular value decomposition of ``G^½ W C^½``, ready to be cut at any rank.
+    """The singular value decomposition of ``G^½ W C^½``, which can be truncated to any rank.
 
     Attributes:
         weight: ``W``, ``(out, in)``, float64.
         energies: squared singular values, descending, ``(min(out, in),)``, or only the largest.
         total: sum of all squared singular values: the error of rank 0.
-        vectors: singular vectors of one side: right ones ``(in, n)`` if ``tall``, else left ones ``(out, n)``.
-        tall: whether ``vectors`` are the right singular vectors, those of the input side.
+        vectors: right singular vectors, ``(in, n)``, if ``tall``; else left ones, ``(out, n)``.
+        tall: whether ``vectors`` are those of the input side.
         root: the root of G or C that the Gram matrix needed; None if it needed none.
     """
 
@@ -159,7 +159,7 @@ class Cut:
         tall: whether the directions are those of the input side.
         away: ``L V``, for V the leading vectors and L the root; V itself without a root.
         back: ``L⁻ᵀ V``; V itself without a root.
-        root: how the root was computed; None where none was needed.
+        root: how the root was computed; None if no root was needed.
     """
 
     weight: Tensor

@@ -147,9 +147,9 @@ def krylov(
         device: where blocks live.
 
     Returns:
-        values ``(count,)``, descending, and vectors ``(n, count)``. Every residual ``M v − λ v`` has a norm of
-        at most ``1e-6 λ`` outside of the span of the vectors; inside the span it consists of rounding errors
-        of the largest λ, which rotate the vectors by no more than rounding does. None if eighteen blocks, or
+        values ``(count,)``, descending, and vectors ``(n, count)``. Outside of the span of the vectors every
+        residual ``M v − λ v`` has a norm of at most ``1e-6 λ``; inside the span it is rounding error of the
+        largest λ, which rotates the vectors by no more than rounding does. None if eighteen blocks, or
         blocks for half of the space, are not enough, or if the problem is too small for the method to pay.
     """
     if not krylov_pays(n, count):

@@ -1,4 +1,4 @@
-"""Arithmetic of attention heads, read off a stock attention module."""
+"""Sizes of attention heads, computed from a stock attention module."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def split_of(attention: nn.Module, outputs: int) -> tuple[int, int, int]:
     """Return how many of a fused projection's outputs are queries, keys and values.
 
     Args:
-        attention: the stock module that attends.
-        outputs: of the projection.
+        attention: the stock attention module.
+        outputs: number of outputs of the projection.
     """
     queries = cast(Any, attention).config.num_attention_heads * head_width(attention)
     keys = (outputs - queries) // 2

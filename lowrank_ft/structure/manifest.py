@@ -1,7 +1,7 @@
-"""Structure as data: for each replaced module a node that describes it, as plain JSON.
+"""The manifest: for each replaced module a node that describes its structure, as plain JSON.
 
-A manifest maps module names to nodes. Building it on a fresh model (on the ``meta`` device, say) gives
-modules with the right shapes and no values; the values come from safetensors. No method's mathematics runs
+A manifest maps module names to nodes. Building it on a fresh model (on the ``meta`` device, say) creates
+modules of the right shapes without values; the values come from safetensors. No method's mathematics runs
 on load.
 """
 
@@ -28,18 +28,18 @@ Manifest = dict[str, Node]
 
 
 def describe(model: nn.Module) -> Manifest:
-    """Return the manifest of a model as it is now, in module order. It is read off, never stored."""
+    """Return the manifest of a model in its present state, in module order; it is computed, never stored."""
     return {name: module.structure() for name, module in replacements(model).items()}
 
 
 def replacements(model: nn.Module) -> dict[str, Replacement]:
     """Return the outermost replaced modules of ``model`` by name, in module order.
 
-    Of a container both it and the replaced modules inside it are returned.
+    A container is returned as well as the replaced modules inside it.
     """
     replaced: dict[str, Replacement] = {}
     outermost = None
-    for name, module in model.named_modules():  # a module comes directly before all that is inside it
+    for name, module in model.named_modules():  # a module comes directly before its descendants
         if outermost is not None and name.startswith(f"{outermost}."):
             continue
         if isinstance(module, Replacement):
@@ -52,7 +52,7 @@ def replacements(model: nn.Module) -> dict[str, Replacement]:
 
 
 def to_json(manifest: Mapping[str, Node]) -> list[dict[str, Any]]:
-    """Return the manifest with each distinct node written once, beside the names that share it."""
+    """Return the manifest as JSON data; each distinct node is written once, with the names that share it."""
     groups: dict[str, dict[str, Any]] = {}
     for name, node in manifest.items():
         data = node_to_json(node)
@@ -62,7 +62,7 @@ def to_json(manifest: Mapping[str, Node]) -> list[dict[str, Any]]:
 
 
 def from_json(data: Any) -> Manifest:
-    """Read what :func:`to_json` wrote, trusting nothing.
+    """Read what :func:`to_json` wrote, and validate all of it.
 
     Raises:
         CheckpointError: malformed data, a module name that is not a dotted path, a module named twice, a
@@ -130,7 +130,7 @@ def _node_from_fields(cls: type[Node], data: dict[str, Any]) -> Node:
             children[name] = {k: node_from_json(v) for k, v in named.items()}
         if name in children:
             _check_child(cls, name, hint, children[name])
-    return config.parse(cls, data, what=f"node {cls.kind!r}", given=children)
+    return config.parse(cls, data, what=f"node {cls.kind!r}", built=children)
 
 
 def _check_child(cls: type[Node], name: str, hint: Any, child: Any) -> None:

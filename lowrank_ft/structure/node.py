@@ -14,7 +14,7 @@ from lowrank_ft.structure.registry import register_node
 class Node(ABC):
     """The structure of one module: a frozen dataclass of plain data, registered under its ``kind``.
 
-    Fields may hold scalars, tuples, other nodes, and mappings of names to nodes; nothing else reaches JSON.
+    Fields may hold scalars, tuples, other nodes, and mappings of names to nodes; JSON supports nothing else.
     """
 
     kind: ClassVar[str]
@@ -23,8 +23,8 @@ class Node(ABC):
     def build(self, module: nn.Module, name: str = "") -> nn.Module:
         """Return the module that this node describes, which will replace ``module``.
 
-        Shapes, device and dtype follow ``module``, which may be on ``meta``; values are left undefined.
-        Must not change ``module``.
+        Shapes, device and dtype are those of ``module``, which may be on ``meta``; values are left undefined.
+        ``module`` must not be changed.
 
         Args:
             module: the module that will be replaced.
@@ -35,7 +35,7 @@ class Node(ABC):
 @register_node
 @dataclass(frozen=True)
 class DenseNode(Node):
-    """A stock module, as the base model has it."""
+    """A stock module, unchanged from the base model."""
 
     kind: ClassVar[str] = "dense"
 

@@ -1,8 +1,8 @@
-"""The two registries: methods, and the node kinds that structures are made of.
+"""The two registries: methods, and the kinds of nodes.
 
-Everything that enumerates methods (the command line, the configs, the contract tests) reads from here, so
-a new method costs its own file and nothing else. Third parties add theirs by decorator or through the
-entry-point group ``lowrank_ft.methods``, whose entries name a module to import.
+Everything that enumerates methods (the command line, the configs, the contract tests) reads these registries,
+so a new method needs its own file and nothing else. Third parties register methods by decorator or through
+the entry-point group ``lowrank_ft.methods``, whose entries name a module to import.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lowrank_ft.errors import RegistryError, did_you_mean
 
 
 class Named(Protocol):
-    """What a method's class has: see :class:`lowrank_ft.algorithms.base.Method`."""
+    """A class with the attribute ``name``, such as :class:`lowrank_ft.algorithms.base.Method`."""
 
     name: ClassVar[str]
 
 
 class Kind(Protocol):
-    """What a node's class has: see :class:`lowrank_ft.structure.node.Node`."""
+    """A class with the attribute ``kind``, such as :class:`lowrank_ft.structure.node.Node`."""
 
     kind: ClassVar[str]
 
@@ -83,7 +83,7 @@ class Registry(Generic[T], Mapping[str, T]):
 
 
 def _import_methods() -> None:
-    """Import every built-in method file and every installed third-party one; a failure raises."""
+    """Import all built-in and all installed third-party methods; raise if an import fails."""
     package = importlib.import_module("lowrank_ft.algorithms")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"lowrank_ft.algorithms.{module.name}")
@@ -107,12 +107,12 @@ nodes: Registry[Any] = Registry("node kind", _import_methods)  # subclasses of N
 
 
 def register_method(cls: MethodT) -> MethodT:
-    """Class decorator: make a :class:`~lowrank_ft.algorithms.base.Method` known by its ``name``."""
+    """Class decorator: register a :class:`~lowrank_ft.algorithms.base.Method` under its ``name``."""
     methods.add(cls.name, cls)
     return cls
 
 
 def register_node(cls: NodeT) -> NodeT:
-    """Class decorator: make a :class:`~lowrank_ft.structure.node.Node` known by its ``kind``."""
+    """Class decorator: register a :class:`~lowrank_ft.structure.node.Node` under its ``kind``."""
     nodes.add(cls.kind, cls)
     return cls

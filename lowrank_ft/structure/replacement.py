@@ -14,16 +14,16 @@ from lowrank_ft.structure.node import DenseNode, Node
 class Replacement(nn.Module):
     """A module that replaces a stock one.
 
-    It carries a zero-length buffer under the stock name ``weight``. Code that would read the weight past
-    this module (a stock ``from_pretrained`` of our checkpoint, a model that calls ``F.linear`` on a child's
-    weight) then fails with a shape error; without it such a load is silently random, and such a call
-    silently ignores the adapter.
+    It has a zero-length buffer, a marker, under the stock name ``weight``. Code that uses the weight without
+    calling this module (a stock ``from_pretrained`` of our checkpoint, a model that calls ``F.linear`` on a
+    child's weight) then fails with a shape error. Without the marker such a load would silently leave random
+    values, and such a call would silently ignore the adapter.
     """
 
     weight: Tensor
 
     def __init__(self, like: Tensor | None = None) -> None:
-        """Create the marker with the dtype and device of ``like``: models read those of a child's weight."""
+        """Create the marker with the dtype and device of ``like``, since models read them off ``weight``."""
         super().__init__()
         self.register_buffer("weight", torch.empty(0) if like is None else like.detach().new_empty(0))
 
@@ -32,7 +32,7 @@ class Replacement(nn.Module):
         """Return the node that describes this module, computed from the module."""
 
     def view(self) -> Any:
-        """Return this module as a :class:`~lowrank_ft.modules.layer.Layer`, or None where it is none."""
+        """Return this module as a :class:`~lowrank_ft.modules.layer.Layer`, or None if it is not a layer."""
         return None
 
 
@@ -41,11 +41,11 @@ class Factored(Replacement):
 
     @abstractmethod
     def dense(self, matrix: Tensor | None = None) -> nn.Module:
-        """Return one stock layer in place of the factors, with their product or ``matrix`` for a weight."""
+        """Return one stock layer in place of the factors; its weight is their product, or ``matrix``."""
 
     @abstractmethod
     def widened(self, B: Tensor, A: Tensor) -> nn.Module:
-        """Return a layer like this one with ``B A`` added to its matrix, by a larger rank."""
+        """Return a factored layer of a larger rank, whose matrix is this one's plus ``B A``."""
 
 
 class Container(Replacement):
@@ -56,7 +56,7 @@ class Container(Replacement):
     """
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)  # no marker: its children have their own
+        nn.Module.__init__(self)  # no marker is needed: the children have weights or markers
 
     @abstractmethod
     def dense(self) -> nn.Module:
@@ -72,5 +72,5 @@ class Container(Replacement):
 
 
 def node_of(module: nn.Module) -> Node:
-    """Return the structure of one module: a stock one is dense."""
+    """Return the structure of one module: a dense node for a stock module."""
     return module.structure() if isinstance(module, Replacement) else DenseNode()

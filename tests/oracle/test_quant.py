@@ -103,7 +103,7 @@ def test_unknown_codebooks_are_refused() -> None:
         ({"bits": 5}, "not 5"),
         ({"scale_bits": 5}, "not 5"),
         ({"block": 12}, "multiples of 8"),
-        ({"codebook": "int8", "bits": 8}, "is bitsandbytes"),
+        ({"codebook": "int8", "bits": 8}, "Only bitsandbytes stores int8"),
         ({"codebook": "signed", "library": "bitsandbytes"}, "but not 'signed'"),
         ({"library": "bitsandbytes", "block": 48}, "but not 48"),
         ({"library": "bitsandbytes", "scale_bits": 4}, "in 32 bits, or in 8"),
